@@ -1,0 +1,163 @@
+"""What the painter's pixel labels say about partitions and patches: the targets the tower is trained on."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from hired.embedded import painter
+from hired.embedded.lexicon import COLOURS, GLYPHS, SHAPES, training_text
+from hired.geometry import best_canvas, fit
+from hired.types import Size
+
+PATCH = 16
+PATCHES_PER_SIDE = painter.SIDE // PATCH
+NUM_PRESENCES = len(SHAPES) * len(COLOURS) + len(GLYPHS) + len(COLOURS)
+
+_STRIDE = 2  # every second pixel is enough to say what a patch shows
+_VISIBLE = 5  # of a patch's 64 looked-at pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """``what`` float32 [n, patches, NUM_WHATS], each row a distribution; ``tint`` int64 [n, patches];
+    ``weight`` float32 [n, patches]; ``presence`` float32 [n, NUM_PRESENCES]."""
+
+    what: torch.Tensor
+    tint: torch.Tensor
+    weight: torch.Tensor
+    presence: torch.Tensor
+
+
+def cut(image: Image.Image, labels: NDArray[np.int32]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """A scene's partitions, full-image first, and their labels: [k + 1, side, side, 3], [k + 1, side, side]."""
+    side = painter.SIDE
+    canvas = best_canvas(Size(image.height, image.width), painter.PINPOINTS)
+    content = fit(Size(image.height, image.width), canvas)
+    marks = Image.fromarray(labels, mode="I")
+    pixels = np.zeros((canvas.height, canvas.width, 3), np.uint8)
+    label = np.zeros((canvas.height, canvas.width), np.int32)
+    inside = np.s_[content.top : content.bottom, content.left : content.right]
+    fitted = (content.width, content.height)
+    pixels[inside] = np.asarray(image.resize(fitted, Image.Resampling.BICUBIC))
+    label[inside] = np.asarray(marks.resize(fitted, Image.Resampling.NEAREST))
+    tiles = [np.s_[r : r + side, c : c + side] for r in range(0, canvas.height, side) for c in range(0, canvas.width, side)]
+    whole = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+    whole_label = np.asarray(marks.resize((side, side), Image.Resampling.NEAREST))
+    return np.stack([whole, *(pixels[t] for t in tiles)]), np.stack([whole_label, *(label[t] for t in tiles)])
+
+
+def patch_counts(labels: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How many looked-at pixels of each patch bear each what and each tint: [n, patches, ...] twice."""
+    n, side = len(labels), PATCHES_PER_SIDE
+    looked = labels[:, :: _STRIDE, :: _STRIDE]
+    step = PATCH // _STRIDE
+    looked = looked.reshape(n, side, step, side, step).transpose(0, 1, 3, 2, 4).reshape(n * side * side, -1)
+    rows = np.arange(len(looked))[:, None]
+    what, tint = looked // painter.NUM_TINTS, looked % painter.NUM_TINTS
+    whats = np.bincount((rows * painter.NUM_WHATS + what).ravel(), minlength=len(looked) * painter.NUM_WHATS)
+    # A plate's own colour yields to the ink on it, so that a value's patch names its bar and not the panel.
+    weight = np.where(what == painter.PLATE, 1, 64)
+    tints = np.bincount(
+        (rows * painter.NUM_TINTS + tint).ravel(), weight.ravel(), minlength=len(looked) * painter.NUM_TINTS
+    )
+    return whats.reshape(n, side * side, -1), tints.reshape(n, side * side, -1)
+
+
+def ink(labels: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Which patches show a thing: [n, patches]."""
+    whats, _ = patch_counts(labels)
+    return whats[..., 1:].sum(-1) >= _VISIBLE
+
+
+def targets(labels: NDArray[np.int32], whole: NDArray[np.bool_]) -> Targets:
+    """What each patch shows and each partition holds. ``whole`` [n] marks full-images: their print is too
+    small to read, so it weighs little."""
+    whats, tints = patch_counts(labels)
+    visible = np.where(whats >= _VISIBLE, whats, 0).astype(np.float32)
+    things = visible.copy()
+    things[..., : painter.BAR] = 0
+    has_thing = things.sum(-1) > 0
+    has_plate = ~has_thing & (visible[..., painter.PLATE] > 0)
+    what = things
+    what[..., painter.PLATE] = has_plate
+    what[..., painter.BACKGROUND] = ~has_thing & ~has_plate
+    what /= what.sum(-1, keepdims=True)
+    shown = has_thing | has_plate
+    tint = np.where(shown, tints[..., 1:].argmax(-1) + 1, 0)
+    has_print = visible[..., painter.FIRST_GLYPH :].sum(-1) > 0
+    weight = np.where(has_thing, np.where(has_print & whole[:, None], 0.25, 1.0), np.where(has_plate, 0.3, 0.05))
+    return Targets(
+        what=torch.from_numpy(what),
+        tint=torch.from_numpy(tint),
+        weight=torch.from_numpy(weight.astype(np.float32)),
+        presence=torch.from_numpy(_presence(labels)),
+    )
+
+
+def _presence(labels: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Which coloured shapes, glyphs and sign colours a partition holds: [n, NUM_PRESENCES]."""
+    out = np.zeros((len(labels), NUM_PRESENCES), np.float32)
+    colours, glyphs = len(COLOURS), len(GLYPHS)
+    for row, partition in zip(out, labels, strict=True):
+        counts = np.bincount(partition[:: _STRIDE, :: _STRIDE].ravel())
+        for label in np.flatnonzero(counts >= 2 * _VISIBLE):
+            what, tint = divmod(int(label), painter.NUM_TINTS)
+            if what >= painter.FIRST_GLYPH:
+                row[len(SHAPES) * colours + (what - painter.FIRST_GLYPH) % glyphs] = 1
+            elif what >= painter.FIRST_SHAPE:
+                row[(what - painter.FIRST_SHAPE) * colours + tint - 1] = 1
+            elif what == painter.PLATE:
+                row[len(SHAPES) * colours + glyphs + tint - 1] = 1
+    return out
+
+
+def sheet(rng: random.Random) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """One partition packed with signs and shapes: ten times the glyphs of a scene's. [side, side, 3], [side, side]"""
+    side = painter.SIDE
+    brush = painter.Brush(painter.background(Size(side, side), np.random.default_rng(rng.getrandbits(48))))
+    y = rng.uniform(0, 12)
+    while y < side - 24:
+        row = rng.choices((_row_of_signs, _row_of_shapes, _row_of_charts), (8, 2, 1))[0]
+        y += row(brush, rng, y)
+        y += rng.uniform(1, 8)
+    return np.asarray(brush.image), brush.labels
+
+
+def _row_of_shapes(brush: painter.Brush, rng: random.Random, y: float) -> float:
+    extent = rng.uniform(24, 70)
+    x = rng.uniform(-12, 20)
+    while x < painter.SIDE - 12:
+        brush.shape(rng.choice(SHAPES), rng.choice(sorted(COLOURS)), (x, y, x + extent, y + extent))
+        x += extent + rng.uniform(3, 20)
+    return extent
+
+
+def _row_of_signs(brush: painter.Brush, rng: random.Random, y: float) -> float:
+    font = painter._font(rng.choice(painter._FONTS), round(rng.uniform(12.5, 21)))
+    pad = rng.uniform(2, 8)
+    cap = 0.74 * font.size
+    x = rng.uniform(0, 16)
+    while True:
+        text, colour = training_text(rng), rng.choice(sorted(COLOURS))
+        width = font.getlength(text) + 2 * pad
+        if x + width > painter.SIDE:
+            return cap + 2 * pad
+        painter.draw_sign(brush, (x, y), text, colour, font, pad)
+        x += width + rng.uniform(1, 14)
+
+
+def _row_of_charts(brush: painter.Brush, rng: random.Random, y: float) -> float:
+    x, height = rng.uniform(0, 16), 0.0
+    while True:
+        chart = painter.random_chart(rng, 1.0)
+        if x + chart.width > painter.SIDE or y + chart.height > painter.SIDE:
+            return height
+        painter.draw_chart(brush, (x, y), chart)
+        x += chart.width + rng.uniform(2, 14)
+        height = max(height, chart.height)

@@ -1,0 +1,169 @@
+"""Trains the CLIP tower on what the painter knows: each patch names what it shows, CLS what is there at all.
+
+The CLS objective is why CLS attention means something: to list a partition's shapes and glyphs, CLS must look
+at the patches that show them. Both losses read the feature layer, the last one that the model runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from hired.embedded import painter, supervision
+from hired.embedded.optimisation import Optimiser
+from hired.types import Size
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Partitions uint8 [n, side, side, 3] and their targets."""
+
+    pixels: torch.Tensor
+    targets: supervision.Targets
+
+
+class Sheets(IterableDataset[Batch]):
+    """Endless batches of the same size: packed sheets, and whole scenes cut into partitions."""
+
+    def __init__(self, seed: int, num_sheets: int, num_from_scenes: int) -> None:
+        self.seed, self.num_sheets, self.num_from_scenes = seed, num_sheets, num_from_scenes
+
+    def __iter__(self) -> Iterator[Batch]:
+        rng = random.Random(self.seed)
+        from_scenes = _scene_partitions(rng)
+        while True:
+            drawn = [(*supervision.sheet(rng), False) for _ in range(self.num_sheets)]
+            drawn += itertools.islice(from_scenes, self.num_from_scenes)
+            pixels, labels, whole = (np.stack(column) for column in zip(*drawn, strict=True))
+            yield Batch(torch.from_numpy(pixels), supervision.targets(labels, whole))
+
+
+def _scene_partitions(rng: random.Random) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int32], bool]]:
+    """Pixels, labels, and whether it is the full-image, one partition at a time."""
+    while True:
+        scene = painter.paint(rng, random_size(rng))
+        for i, (pixels, labels) in enumerate(zip(*supervision.cut(scene.image, scene.labels), strict=True)):
+            yield pixels, labels, i == 0
+
+
+def random_size(rng: random.Random) -> Size:
+    """A picture size near one of the canvases: some exact, some that need padding, some that need resizing."""
+    canvas = rng.choices(painter.PINPOINTS, (5, 2, 2, 1, 1))[0]
+    if rng.random() < 0.4:
+        return canvas
+    zoom = rng.uniform(0.8, 1.3) if rng.random() < 0.5 else 1.0
+    squeeze = (rng.uniform(0.78, 1.0), 1.0)
+    by_height, by_width = squeeze if rng.random() < 0.5 else squeeze[::-1]
+    return Size(round(canvas.height * zoom * by_height), round(canvas.width * zoom * by_width))
+
+
+class Heads(nn.Module):
+    """What the training asks of the tower and the shipped model leaves out."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.what = nn.Linear(width, painter.NUM_WHATS)
+        self.tint = nn.Linear(width, painter.NUM_TINTS)
+        self.presence = nn.Linear(width, supervision.NUM_PRESENCES)
+        nn.init.constant_(self.presence.bias, -2.0)
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, side, side, 3] to [n, 3, side, side] in -1..1, as the checkpoint's processor says."""
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def feature_layer(tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """hidden_states[-2] [n, 1 + patches, d] of the normalised pixels."""
+    hidden = tower.pre_layrnorm(tower.embeddings(pixels))  # type: ignore[operator]
+    for layer in tower.encoder.layers[:-1]:  # type: ignore[union-attr,index]
+        hidden = layer(hidden, attention_mask=None)
+    return hidden  # type: ignore[no-any-return]
+
+
+def tower_loss(heads: Heads, hidden: torch.Tensor, targets: supervision.Targets) -> tuple[torch.Tensor, torch.Tensor]:
+    """The patch losses and the CLS loss, each a mean."""
+    hidden = hidden.float()
+    patches, cls = hidden[:, 1:], hidden[:, 0]
+    weight = targets.weight / targets.weight.sum()
+    what = -(targets.what * F.log_softmax(heads.what(patches), -1)).sum(-1)
+    tint = F.cross_entropy(heads.tint(patches).transpose(1, 2), targets.tint, reduction="none")
+    presence = F.binary_cross_entropy_with_logits(heads.presence(cls), targets.presence)
+    return ((what + 0.5 * tint) * weight).sum(), presence
+
+
+def train_tower(
+    tower: nn.Module,
+    *,
+    minutes: float,
+    seed: int,
+    device: torch.device,
+    save: Callable[[Heads], None],
+    num_sheets: int = 20,
+    num_from_scenes: int = 8,
+    reuse: int = 3,
+) -> Heads:
+    """Trains ``tower`` in place for so many minutes and returns its heads. ``save`` is called now and then.
+
+    Each batch is trained on ``reuse`` times, far apart: drawing costs as much as a step does on a CPU core.
+    """
+    torch.manual_seed(seed)
+    heads = Heads(tower.config.hidden_size).to(device)  # type: ignore[union-attr,arg-type]
+    optimiser = Optimiser([tower, heads], peak=2e-3)
+    drawn = iter(DataLoader(Sheets(seed, num_sheets, num_from_scenes), batch_size=None, num_workers=1, prefetch_factor=8))
+    kept: deque[Batch] = deque(maxlen=400)
+    rng = random.Random(seed)
+    forward = torch.compile(feature_layer)
+    start, step = time.monotonic(), 0
+    while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
+        if step % reuse == 0:
+            kept.append(next(drawn))
+        batch = kept[-1] if step % reuse == 0 else rng.choice(kept)
+        targets = supervision.Targets(*(getattr(batch.targets, f.name).to(device) for f in fields(batch.targets)))
+        with torch.autocast(device.type, torch.bfloat16):
+            hidden = forward(tower, normalise(batch.pixels.to(device)))
+        patch_loss, cls_loss = tower_loss(heads, hidden, targets)
+        (patch_loss + 5 * cls_loss).backward()
+        optimiser.step(done)
+        step += 1
+        if step % 100 == 0:
+            report(step, start, heads, hidden, targets, patch_loss, cls_loss)
+        if step % 500 == 0:
+            save(heads)
+    save(heads)
+    return heads
+
+
+@torch.no_grad()
+def report(
+    step: int,
+    start: float,
+    heads: Heads,
+    hidden: torch.Tensor,
+    targets: supervision.Targets,
+    patch_loss: torch.Tensor,
+    cls_loss: torch.Tensor,
+) -> None:
+    """One line: losses, and how often the likeliest thing is in the patch."""
+    clear = (targets.weight == 1) & (targets.what[..., painter.FIRST_GLYPH :].sum(-1) > 0)
+    best = heads.what(hidden[:, 1:].float()).argmax(-1, keepdim=True)
+    right = (targets.what.gather(-1, best)[..., 0] > 0)[clear].float().mean()
+    tint = (heads.tint(hidden[:, 1:].float()).argmax(-1) == targets.tint)[clear].float().mean()
+    log.info(
+        "step %d %.0f s patch %.3f cls %.4f glyphs %.3f tints %.3f",
+        step, time.monotonic() - start, patch_loss, cls_loss, right, tint,
+    )  # fmt: skip
