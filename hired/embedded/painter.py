@@ -19,6 +19,7 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.ImageFont import FreeTypeFont
 
 from hired.embedded.lexicon import COLOURS, COLS, GLYPHS, MAX_GLYPHS, ROWS, SHAPES, training_text
 from hired.geometry import best_canvas, fit
@@ -33,6 +34,10 @@ FIRST_SHAPE = 3
 FIRST_GLYPH = FIRST_SHAPE + len(SHAPES)
 NUM_WHATS = FIRST_GLYPH + MAX_GLYPHS * len(GLYPHS)
 NUM_TINTS = len(COLOURS) + 1
+
+Rectangle = tuple[float, float, float, float]
+Colour = tuple[int, int, int]
+CAP_HEIGHT = 0.74  # of DejaVu's capitals, as a share of the font size
 
 _FONTS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSansMono-Bold.ttf")
 _TINT = {name: i + 1 for i, name in enumerate(COLOURS)}
@@ -58,7 +63,7 @@ class Thing:
 class Scene:
     """A picture, its pixel labels (int32, the picture's shape) and its things in reading order."""
 
-    image: Image.Image
+    image: Image.Image | None
     labels: NDArray[np.int32]
     things: tuple[Thing, ...]
 
@@ -67,7 +72,7 @@ class Scene:
 
 
 @lru_cache(maxsize=256)
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+def _font(name: str, size: int) -> FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
@@ -76,43 +81,66 @@ def glyph_label(index: int, glyph: str) -> int:
     return FIRST_GLYPH + index * len(GLYPHS) + GLYPHS.index(glyph)
 
 
-class Brush:
-    """Draws the same thing on the picture and on the label map."""
+class LabelBrush:
+    """Marks what is drawn where, and draws nothing: enough to train the language model's part alone."""
 
-    def __init__(self, background: Image.Image) -> None:
-        self.image = background
-        self._labels = Image.new("I", background.size, 0)
-        self._draw = ImageDraw.Draw(background)
+    def __init__(self, size: Size, background_seed: int) -> None:
+        del background_seed
+        self._labels = Image.new("I", (size.width, size.height), 0)
         self._mark = ImageDraw.Draw(self._labels)
+
+    @property
+    def image(self) -> Image.Image | None:
+        return None
 
     @property
     def labels(self) -> NDArray[np.int32]:
         return np.asarray(self._labels, dtype=np.int32)
 
-    def rectangle(self, box: tuple[float, float, float, float], rgb: tuple[int, int, int], label: int) -> None:
-        self._draw.rectangle(box, fill=rgb)
+    def rectangle(self, box: Rectangle, rgb: Colour, label: int) -> None:
+        del rgb
         self._mark.rectangle(box, fill=label)
 
-    def shape(self, name: str, colour: str, box: tuple[float, float, float, float]) -> None:
-        label = (FIRST_SHAPE + SHAPES.index(name)) * NUM_TINTS + _TINT[colour]
-        for draw, ink in ((self._draw, COLOURS[colour]), (self._mark, label)):
-            _draw_shape(draw, name, box, ink)
+    def shape(self, name: str, colour: str, box: Rectangle) -> None:
+        _draw_shape(self._mark, name, box, (FIRST_SHAPE + SHAPES.index(name)) * NUM_TINTS + _TINT[colour])
 
-    def text(
-        self, xy: tuple[float, float], text: str, font: ImageFont.FreeTypeFont, rgb: tuple[int, int, int], tint: str
-    ) -> None:
-        """Draw ``text`` with its baseline's left end at ``xy`` and mark each glyph's advance box."""
-        x, y = xy
-        self._draw.text((x, y), text, font=font, fill=rgb, anchor="ls")
-        cap_height = 0.74 * font.size
+    def text(self, start: tuple[float, float], text: str, font: FreeTypeFont, rgb: Colour, tint: str) -> None:
+        """Marks each glyph's advance box, from the capitals' height down to the baseline at ``start``."""
+        del rgb
+        x, y = start
         for index, glyph in enumerate(text):
             advance = font.getlength(glyph)
             label = glyph_label(index, glyph) * NUM_TINTS + _TINT[tint]
-            self._mark.rectangle((x, y - cap_height, x + advance - 1, y), fill=label)
+            self._mark.rectangle((x, y - CAP_HEIGHT * font.size, x + advance - 1, y), fill=label)
             x += advance
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, name: str, box: tuple[float, float, float, float], ink: object) -> None:
+class Brush(LabelBrush):
+    """Draws the same things on a picture and on its label map."""
+
+    def __init__(self, size: Size, background_seed: int) -> None:
+        super().__init__(size, background_seed)
+        self._image = background(size, np.random.default_rng(background_seed))
+        self._draw = ImageDraw.Draw(self._image)
+
+    @property
+    def image(self) -> Image.Image:
+        return self._image
+
+    def rectangle(self, box: Rectangle, rgb: Colour, label: int) -> None:
+        super().rectangle(box, rgb, label)
+        self._draw.rectangle(box, fill=rgb)
+
+    def shape(self, name: str, colour: str, box: Rectangle) -> None:
+        super().shape(name, colour, box)
+        _draw_shape(self._draw, name, box, COLOURS[colour])
+
+    def text(self, start: tuple[float, float], text: str, font: FreeTypeFont, rgb: Colour, tint: str) -> None:
+        super().text(start, text, font, rgb, tint)
+        self._draw.text(start, text, font=font, fill=rgb, anchor="ls")
+
+
+def _draw_shape(draw: ImageDraw.ImageDraw, name: str, box: Rectangle, ink: object) -> None:
     left, top, right, bottom = box
     x, y, radius = (left + right) / 2, (top + bottom) / 2, (right - left) / 2
     arm = radius * 0.34
@@ -151,7 +179,11 @@ def background(size: Size, noise: np.random.Generator) -> Image.Image:
 
 
 def paint(
-    rng: random.Random, size: Size, *, text: Callable[[random.Random], str] = training_text, chart: bool | None = None
+    rng: random.Random,
+    size: Size,
+    *,
+    text: Callable[[random.Random], str] = training_text,
+    brush_type: type[LabelBrush] = Brush,
 ) -> Scene:
     """A scene of the given size in pixels, of which ``rng`` decides everything.
 
@@ -159,13 +191,12 @@ def paint(
     sub-images: the model reads what one partition shows whole.
     """
     canvas = best_canvas(size, PINPOINTS)
-    content = fit(size, canvas)
-    unit = size.width / content.width
-    brush = Brush(background(size, np.random.default_rng(rng.getrandbits(48))))
+    unit = size.width / fit(size, canvas).width
+    brush = brush_type(size, rng.getrandbits(48))
     layout = _Layout(rng, size, unit, canvas)
     things: list[Thing] = []
     tints = rng.sample(sorted(COLOURS), len(COLOURS))
-    if rng.random() < 0.3 if chart is None else chart:
+    if rng.random() < 0.3:
         things += _paint_chart(brush, layout, rng, tints)
     for _ in range(rng.randint(1, 3)):
         things += _paint_sign(brush, layout, rng, tints.pop(), text(rng))
@@ -181,7 +212,7 @@ class _Layout:
         self.rng, self.size, self.unit = rng, size, unit
         self.free = [(row, col) for row in range(3) for col in range(3)]
         rng.shuffle(self.free)
-        self.taken: list[tuple[float, float, float, float]] = []
+        self.taken: list[Rectangle] = []
         content = fit(size, canvas)
         self.seams_x = [(x - content.left) * unit for x in range(SIDE, canvas.width, SIDE)]
         self.seams_y = [(y - content.top) * unit for y in range(SIDE, canvas.height, SIDE)]
@@ -199,7 +230,7 @@ class _Layout:
                     return place, x, y
         return None
 
-    def _fits(self, box: tuple[float, float, float, float], whole: bool) -> bool:
+    def _fits(self, box: Rectangle, whole: bool) -> bool:
         left, top, right, bottom = box
         gap = 3 * self.unit
         if left < gap or top < gap or right > self.size.width - gap or bottom > self.size.height - gap:
@@ -210,7 +241,7 @@ class _Layout:
         return not (whole and cut)
 
 
-def _paint_shape(brush: Brush, layout: _Layout, rng: random.Random) -> list[Thing]:
+def _paint_shape(brush: LabelBrush, layout: _Layout, rng: random.Random) -> list[Thing]:
     name, colour = rng.choice(SHAPES), rng.choice(sorted(COLOURS))
     extent = rng.uniform(30, min(90, 0.3 * layout.size.height / layout.unit + 10)) * layout.unit
     spot = layout.take(extent, extent, whole=False)
@@ -221,10 +252,10 @@ def _paint_shape(brush: Brush, layout: _Layout, rng: random.Random) -> list[Thin
     return [Thing("shape", colour, name, "", place)]
 
 
-def _paint_sign(brush: Brush, layout: _Layout, rng: random.Random, colour: str, text: str) -> list[Thing]:
+def _paint_sign(brush: LabelBrush, layout: _Layout, rng: random.Random, colour: str, text: str) -> list[Thing]:
     font = _font(rng.choice(_FONTS), max(6, round(rng.uniform(13, 20) * layout.unit)))
     pad = rng.uniform(4, 8) * layout.unit
-    width, cap = font.getlength(text), 0.74 * font.size
+    width, cap = font.getlength(text), CAP_HEIGHT * font.size
     spot = layout.take(width + 2 * pad, cap + 2 * pad, whole=True)
     if spot is None:
         return []
@@ -234,17 +265,17 @@ def _paint_sign(brush: Brush, layout: _Layout, rng: random.Random, colour: str, 
 
 
 def draw_sign(
-    brush: Brush, corner: tuple[float, float], text: str, colour: str, font: ImageFont.FreeTypeFont, pad: float
+    brush: LabelBrush, corner: tuple[float, float], text: str, colour: str, font: FreeTypeFont, pad: float
 ) -> None:
     """A coloured plate with ``text`` on it, its top left corner at ``corner``."""
     x, y = corner
-    width, cap = font.getlength(text), 0.74 * font.size
+    width, cap = font.getlength(text), CAP_HEIGHT * font.size
     brush.rectangle((x, y, x + width + 2 * pad, y + cap + 2 * pad), COLOURS[colour], PLATE * NUM_TINTS + _TINT[colour])
     ink = (250, 250, 250) if colour in _DARK else (12, 12, 12)
     brush.text((x + pad, y + pad + cap), text, font, ink, colour)
 
 
-def _paint_chart(brush: Brush, layout: _Layout, rng: random.Random, tints: list[str]) -> list[Thing]:
+def _paint_chart(brush: LabelBrush, layout: _Layout, rng: random.Random, tints: list[str]) -> list[Thing]:
     """A chart of two to four bars, in colours that no sign of the scene will have."""
     chart = random_chart(rng, layout.unit)
     spot = layout.take(chart.width, chart.height, whole=True)
@@ -263,7 +294,7 @@ class Chart:
     """The values by bar colour, and the chart's measures in pixels."""
 
     values: dict[str, int]
-    font: ImageFont.FreeTypeFont
+    font: FreeTypeFont
     unit: float
     tallest: float
 
@@ -277,7 +308,7 @@ class Chart:
 
     @property
     def cap(self) -> float:
-        return 0.74 * self.font.size
+        return CAP_HEIGHT * self.font.size
 
     @property
     def width(self) -> float:
@@ -294,7 +325,7 @@ def random_chart(rng: random.Random, unit: float) -> Chart:
     return Chart({colour: rng.randint(5, 99) for colour in colours}, font, unit, rng.uniform(34, 60) * unit)
 
 
-def draw_chart(brush: Brush, corner: tuple[float, float], chart: Chart) -> None:
+def draw_chart(brush: LabelBrush, corner: tuple[float, float], chart: Chart) -> None:
     """A white panel of bars, each bar's value in small print above it."""
     left, top = corner
     panel = (left, top, left + chart.width, top + chart.height)

@@ -12,7 +12,8 @@ from PIL import Image
 
 from hired.embedded import painter
 from hired.embedded.lexicon import COLOURS, GLYPHS, SHAPES, training_text
-from hired.geometry import best_canvas, fit
+from hired.geometry import Tiling, best_canvas, fit
+from hired.partitioning import partition
 from hired.types import Size
 
 PATCH = 16
@@ -34,22 +35,26 @@ class Targets:
     presence: torch.Tensor
 
 
-def cut(image: Image.Image, labels: NDArray[np.int32]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """A scene's partitions, full-image first, and their labels: [k + 1, side, side, 3], [k + 1, side, side]."""
+def cut_labels(labels: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The labels of a scene's partitions, full-image first: [k + 1, side, side]. As ``hired.partitioning``
+    cuts pixels, but no label is ever a mixture of two."""
     side = painter.SIDE
-    canvas = best_canvas(Size(image.height, image.width), painter.PINPOINTS)
-    content = fit(Size(image.height, image.width), canvas)
+    size = Size(*labels.shape)
+    canvas = best_canvas(size, painter.PINPOINTS)
+    content = fit(size, canvas)
     marks = Image.fromarray(labels, mode="I")
-    pixels = np.zeros((canvas.height, canvas.width, 3), np.uint8)
-    label = np.zeros((canvas.height, canvas.width), np.int32)
+    padded = np.zeros((canvas.height, canvas.width), np.int32)
     inside = np.s_[content.top : content.bottom, content.left : content.right]
-    fitted = (content.width, content.height)
-    pixels[inside] = np.asarray(image.resize(fitted, Image.Resampling.BICUBIC))
-    label[inside] = np.asarray(marks.resize(fitted, Image.Resampling.NEAREST))
-    tiles = [np.s_[r : r + side, c : c + side] for r in range(0, canvas.height, side) for c in range(0, canvas.width, side)]
-    whole = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
-    whole_label = np.asarray(marks.resize((side, side), Image.Resampling.NEAREST))
-    return np.stack([whole, *(pixels[t] for t in tiles)]), np.stack([whole_label, *(label[t] for t in tiles)])
+    padded[inside] = np.asarray(marks.resize((content.width, content.height), Image.Resampling.NEAREST))
+    tiles = padded.reshape(canvas.height // side, side, -1, side).swapaxes(1, 2).reshape(-1, side, side)
+    full_image = np.asarray(marks.resize((side, side), Image.Resampling.NEAREST))
+    return np.concatenate([full_image[None], tiles])
+
+
+def cut_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """A picture's partitions as ``hired.partitioning`` cuts them: [k + 1, side, side, 3]."""
+    tiling = Tiling(painter.SIDE, PATCH, painter.PINPOINTS)
+    return partition(image, tiling).pixels
 
 
 def patch_counts(labels: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -120,7 +125,7 @@ def _presence(labels: NDArray[np.int32]) -> NDArray[np.float32]:
 def sheet(rng: random.Random) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     """One partition packed with signs and shapes: ten times the glyphs of a scene's. [side, side, 3], [side, side]"""
     side = painter.SIDE
-    brush = painter.Brush(painter.background(Size(side, side), np.random.default_rng(rng.getrandbits(48))))
+    brush = painter.Brush(Size(side, side), rng.getrandbits(48))
     y = rng.uniform(0, 12)
     while y < side - 24:
         row = rng.choices((_row_of_signs, _row_of_shapes, _row_of_charts), (8, 2, 1))[0]
@@ -129,7 +134,7 @@ def sheet(rng: random.Random) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     return np.asarray(brush.image), brush.labels
 
 
-def _row_of_shapes(brush: painter.Brush, rng: random.Random, y: float) -> float:
+def _row_of_shapes(brush: painter.LabelBrush, rng: random.Random, y: float) -> float:
     extent = rng.uniform(24, 70)
     x = rng.uniform(-12, 20)
     while x < painter.SIDE - 12:
@@ -138,7 +143,7 @@ def _row_of_shapes(brush: painter.Brush, rng: random.Random, y: float) -> float:
     return extent
 
 
-def _row_of_signs(brush: painter.Brush, rng: random.Random, y: float) -> float:
+def _row_of_signs(brush: painter.LabelBrush, rng: random.Random, y: float) -> float:
     font = painter._font(rng.choice(painter._FONTS), round(rng.uniform(12.5, 21)))
     pad = rng.uniform(2, 8)
     cap = 0.74 * font.size
@@ -152,7 +157,7 @@ def _row_of_signs(brush: painter.Brush, rng: random.Random, y: float) -> float:
         x += width + rng.uniform(1, 14)
 
 
-def _row_of_charts(brush: painter.Brush, rng: random.Random, y: float) -> float:
+def _row_of_charts(brush: painter.LabelBrush, rng: random.Random, y: float) -> float:
     x, height = rng.uniform(0, 16), 0.0
     while True:
         chart = painter.random_chart(rng, 1.0)

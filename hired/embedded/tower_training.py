@@ -56,7 +56,8 @@ def _scene_partitions(rng: random.Random) -> Iterator[tuple[NDArray[np.uint8], N
     """Pixels, labels, and whether it is the full-image, one partition at a time."""
     while True:
         scene = painter.paint(rng, random_size(rng))
-        for i, (pixels, labels) in enumerate(zip(*supervision.cut(scene.image, scene.labels), strict=True)):
+        cut = zip(supervision.cut_pixels(scene.image), supervision.cut_labels(scene.labels), strict=True)
+        for i, (pixels, labels) in enumerate(cut):
             yield pixels, labels, i == 0
 
 
