@@ -1,235 +1,217 @@
-"""Trains the language model to look things up among visual tokens, first on the painter's truth, then on the tower.
+"""Trains the language model to look things up among visual tokens: on the painter's truth, then on the tower.
 
-The look-up is what takes the steps, not the seeing, so it is learned where seeing is free: ``Truth`` embeds the
-patch labels themselves and no picture is drawn. The projector then learns to say the same from the tower's
-features, and both train on. An image's questions share one sequence; a mask keeps each from seeing the others.
+The look-up is what takes the steps, not the seeing, so it is learned where seeing is free: ``Truth`` embeds
+patch labels and no picture is drawn. Then the projector learns to say the same from the tower's features,
+which takes minutes, and both train on together.
 """
 
 from __future__ import annotations
 
+import logging
 import random
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader
 
 from hired.embedded import painter, supervision
-from hired.embedded.questions import Question, ask
-from hired.embedded.tower_training import random_size
-from hired.geometry import best_canvas, real_patches
-from hired.packing import NEWLINE, layout
-from hired.types import Grid, Size, VisualTokens
+from hired.embedded.optimisation import Optimiser, elapsed
+from hired.embedded.sequences import (
+    IGNORED,
+    Example,
+    Picture,
+    Pictures,
+    Sequences,
+    compose,
+    lay_out,
+    with_newlines,
+)
+from hired.embedded.tower_training import feature_layer, normalise
 
-IGNORED = -100
-NUM_LOCATIONS = 2 * supervision.PATCHES_PER_SIDE
-_WEIGHTS = {"describe": 0.5, "read": 3, "read-place": 2, "chart": 1, "count": 0.5, "yes-no": 2, "place": 0.7}
+log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """One question and answer as token ids, and what to learn of them."""
-
-    task: str
-    ids: list[int]
-    num_question: int
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One image's kept visual tokens in the language model's order, and some questions about it.
-
-    ``partition`` and ``patch`` int64 [m] (-1 for a newline), ``slot`` int64 [m], ``num_full`` tokens before
-    dropping; ``labels`` int32 [k + 1, side, side] and ``pixels`` uint8 [k + 1, side, side, 3], or None.
-    """
-
-    partition: torch.Tensor
-    patch: torch.Tensor
-    slot: torch.Tensor
-    num_full: int
-    whats: NDArray[np.int64]
-    tints: NDArray[np.int64]
-    pixels: NDArray[np.uint8] | None
-    texts: list[Text]
-
-
-class Examples(IterableDataset[list[Example]]):
-    """Endless batches of examples that each fit ``length`` tokens."""
-
-    def __init__(
-        self, seed: int, tokenizer: Any, *, batch_size: int, length: int, num_texts: int, pictures: bool, full: float
-    ) -> None:
-        self.seed, self.tokenizer, self.batch_size, self.length = seed, tokenizer, batch_size, length
-        self.num_texts, self.pictures, self.full = num_texts, pictures, full
-
-    def __iter__(self) -> Iterator[list[Example]]:
-        rng = random.Random(self.seed)
-        while True:
-            yield [self._example(rng) for _ in range(self.batch_size)]
-
-    def _example(self, rng: random.Random) -> Example:
-        brush_type = painter.Brush if self.pictures else painter.LabelBrush
-        size = random_size(rng)
-        scene = painter.paint(rng, size, brush_type=brush_type)
-        labels = supervision.cut_labels(scene.labels)
-        pixels = supervision.cut_pixels(scene.image) if scene.image is not None else None
-        whats, tints = supervision.patch_counts(labels)
-        keep = self._keep(rng, whats, size)
-        partition, patch = keep.nonzero(as_tuple=True)
-        canvas = best_canvas(size, painter.PINPOINTS)
-        grid = Grid(canvas.height // painter.SIDE, canvas.width // painter.SIDE)
-        real = int(real_patches(size, grid, supervision.PATCHES_PER_SIDE).sum())
-        tokens = VisualTokens(torch.empty(len(patch), 0), partition, patch, grid, size, real)
-        packed = layout(tokens, supervision.PATCHES_PER_SIDE)
-        newline = packed.source == NEWLINE
-        return Example(
-            partition=torch.where(newline, -1, partition[packed.source]),
-            patch=torch.where(newline, -1, patch[packed.source]),
-            slot=packed.slots,
-            num_full=packed.num_full,
-            whats=whats,
-            tints=tints,
-            pixels=pixels,
-            texts=self._texts(rng, ask(scene, rng), self.length - 2 - len(packed)),
-        )
-
-    def _keep(self, rng: random.Random, whats: NDArray[np.int64], size: Size) -> torch.Tensor:
-        """Some of the patches, as dropping would leave them: the things and a share of the background."""
-        canvas = best_canvas(size, painter.PINPOINTS)
-        grid = Grid(canvas.height // painter.SIDE, canvas.width // painter.SIDE)
-        real = real_patches(size, grid, supervision.PATCHES_PER_SIDE)
-        if rng.random() < self.full:
-            return real
-        ink = torch.from_numpy(whats[..., 1:].sum(-1) > 0)
-        noise = torch.from_numpy(np.random.default_rng(rng.getrandbits(48)).random(real.shape))
-        kept = real & ((ink & (noise < rng.choice((1.0, 1.0, 0.9)))) | (noise < rng.choice((0.02, 0.1))))
-        kept[0, rng.randrange(kept.shape[1])] = True
-        room = self.length - 2 - 120
-        if int(kept.sum()) > room:
-            order = noise.masked_fill(~kept, 2.0).flatten().argsort()[:room]
-            kept = torch.zeros_like(kept).flatten().index_fill(0, order, True).view_as(kept)
-        return kept
-
-    def _texts(self, rng: random.Random, questions: Sequence[Question], room: int) -> list[Text]:
-        """As many questions as there is room for, the harder tasks more often."""
-        ranked = sorted(questions, key=lambda q: -(rng.random() ** (1 / _WEIGHTS.get(q.task, 1))))
-        texts: list[Text] = []
-        for question in ranked[: self.num_texts]:
-            asked = self.tokenizer.encode(f"\n{question.text}<|assistant|>", add_special_tokens=False)
-            answer = self.tokenizer.encode(question.answer, add_special_tokens=False)
-            ids = [*asked, *answer, self.tokenizer.eos_token_id]
-            if len(ids) <= room:
-                texts.append(Text(question.task, ids, len(asked)))
-                room -= len(ids)
-        return texts
-
-
-@dataclass(frozen=True, slots=True)
-class Sequences:
-    """A batch laid out: ``ids`` [b, length] (0 where a visual token goes), ``targets`` [b, length], ``positions``
-    [b, length], ``mask`` bool [b, length, length], ``visual`` bool [b, length], ``answers`` row, start, stop, task."""
-
-    ids: torch.Tensor
-    targets: torch.Tensor
-    positions: torch.Tensor
-    mask: torch.Tensor
-    visual: torch.Tensor
-    answers: list[tuple[int, int, int, str]]
-
-
-def lay_out(examples: Sequence[Example], prefix: Sequence[int], length: int, *, compact: bool) -> Sequences:
-    """Prefix, visual tokens and questions of each example, padded to ``length``.
-
-    Segment 0 is what all questions see; padding is a segment that sees itself.
-    """
-    b, p = len(examples), len(prefix)
-    ids = torch.zeros(b, length, dtype=torch.int64)
-    targets = torch.full((b, length), IGNORED)
-    positions = torch.zeros(b, length, dtype=torch.int64)
-    visual = torch.zeros(b, length, dtype=torch.bool)
-    segment = torch.full((b, length), -1)
-    answers: list[tuple[int, int, int, str]] = []
-    for row, example in enumerate(examples):
-        m = len(example.slot)
-        ids[row, :p] = torch.tensor(prefix)
-        visual[row, p : p + m] = True
-        segment[row, : p + m] = 0
-        positions[row, :p] = torch.arange(p)
-        positions[row, p : p + m] = p + (torch.arange(m) if compact else example.slot)
-        text_start = p + (m if compact else example.num_full)
-        at = p + m
-        for number, text in enumerate(example.texts, start=1):
-            n = len(text.ids)
-            ids[row, at : at + n] = torch.tensor(text.ids)
-            targets[row, at + text.num_question : at + n] = ids[row, at + text.num_question : at + n]
-            positions[row, at : at + n] = text_start + torch.arange(n)
-            segment[row, at : at + n] = number
-            answers.append((row, at + text.num_question, at + n, text.task))
-            at += n
-    seen = (segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0)
-    mask = seen & torch.ones(length, length, dtype=torch.bool).tril()
-    return Sequences(ids, targets, positions, mask, visual, answers)
+LENGTH, BATCH, NUM_TEXTS = 224, 32, 5
+FULL_LENGTH, FULL_BATCH = 880, 6  # every token of the largest canvas, and room for eight questions
 
 
 class Truth(nn.Module):
-    """Embeds what the painter knows of a patch, as a perfect tower would."""
+    """Embeds what the painter knows of a patch, as a perfect tower and projector would: [n, width]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.embed = nn.Linear(painter.NUM_WHATS + painter.NUM_TINTS + NUM_LOCATIONS, width)
+        places = 2 * supervision.PATCHES_PER_SIDE
+        self.embed = nn.Linear(painter.NUM_WHATS + painter.NUM_TINTS + places, width)
 
-    def forward(self, known: torch.Tensor) -> torch.Tensor:
-        return self.embed(known)  # type: ignore[no-any-return]
+    def forward(self, examples: Sequence[Example], unsure: float = 0.0) -> torch.Tensor:
+        known = torch.cat([knowledge(example, unsure) for example in examples])
+        return self.embed(known.to(self.embed.weight.device))  # type: ignore[no-any-return]
 
 
-def knowledge(example: Example, rng: np.random.Generator) -> torch.Tensor:
-    """What a perfect tower knows of each kept patch, [m, whats + tints + locations], newlines left out.
+def knowledge(example: Example, unsure: float) -> torch.Tensor:
+    """What a patch shows, whose colour it bears, and its row and column: [n, whats + tints + places].
 
-    The full-image's print is unreadable, and some patches are not recognised.
+    The full-image's print cannot be read, nor, by chance, a share ``unsure`` of the patches.
     """
-    partition = example.partition[example.partition >= 0].numpy()
-    patch = example.patch[example.partition >= 0].numpy()
+    partition, patch = example.partition.numpy(), example.patch.numpy()
     side = supervision.PATCHES_PER_SIDE
-    shown = (example.whats[partition, patch] >= 5).astype(np.float32)
-    unreadable = (partition == 0) | (rng.random(len(patch)) < 0.07)
+    shown = (example.picture.whats[partition, patch] >= supervision.VISIBLE).astype(np.float32)
+    unreadable = (partition == 0) | (np.random.default_rng().random(len(patch)) < unsure)
     prints = shown[:, painter.FIRST_GLYPH :]
     shown[:, painter.PLATE] = np.maximum(shown[:, painter.PLATE], unreadable * prints.max(-1))
     prints[unreadable] = 0
-    tints = example.tints[partition, patch]
-    tint = np.where(tints[:, 1:].max(-1) >= 5, tints[:, 1:].argmax(-1) + 1, 0)
+    tints = example.picture.tints[partition, patch, 1:]
+    tint = np.where(tints.max(-1) >= supervision.VISIBLE, tints.argmax(-1) + 1, 0)
+    where = np.eye(side)[patch // side], np.eye(side)[patch % side]
     return torch.from_numpy(
-        np.concatenate(
-            [shown, np.eye(painter.NUM_TINTS)[tint], np.eye(side)[patch // side], np.eye(side)[patch % side]], axis=-1
-        ).astype(np.float32)
+        np.concatenate([shown, np.eye(painter.NUM_TINTS)[tint], *where], -1).astype(np.float32)
     )
 
 
-def visual_embeddings(examples: Sequence[Example], embedded: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
-    """All examples' visual tokens one after the other, newlines put in: [sum of m, d]."""
-    is_patch = torch.cat([example.partition >= 0 for example in examples]).to(embedded.device)
-    out = newline.to(embedded.dtype).expand(len(is_patch), -1).clone()
-    out[is_patch] = embedded
-    return out
+class Trainer:
+    """The three steps of teaching one model, on one device."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, seed: int, save: Callable[[], None]) -> None:
+        self.model, self.tokenizer, self.seed, self._save = model, tokenizer, seed, save
+        self.device = next(model.parameters()).device
+        self.truth = Truth(model.config.text_config.hidden_size).to(self.device)
+        self.rng = random.Random(seed)
+        self._prefix = tokenizer.convert_tokens_to_ids(["<s>", "<|user|>"])
+        self._decode = torch.compile(decode_layers, dynamic=False)
+        self._see = torch.compile(feature_layer, dynamic=False)
+
+    def learn_from_truth(self, minutes: float) -> None:
+        """The language model and ``Truth``, on labels alone."""
+        language = [self.model.model.language_model, self.model.lm_head, _Newline(self.model), self.truth]
+        optimiser = Optimiser(language, peak=2e-3, warm_up_steps=100)
+        labelled = self._pictures(BATCH, drawn=False)
+        score = Score()
+        for step, done in elapsed(minutes):
+            examples = self._compose(next(labelled), full=False)
+            score.add(*self._answer(examples, self.truth(examples, unsure=0.07), LENGTH))
+            score.loss.backward()
+            optimiser.step(done)
+            self._log_and_save("truth", step, score)
+
+    def match_projector(self, minutes: float) -> None:
+        """The projector alone: from the tower's features to what ``Truth`` says of the same patch."""
+        projector = self.model.model.multi_modal_projector
+        optimiser = Optimiser([_Named("projector", projector)], peak=2e-3, warm_up_steps=50)
+        seen = self._seen_pictures()
+        for step, done in elapsed(minutes):
+            examples = self._compose(next(seen), full=False)
+            with torch.no_grad():
+                wanted = self.truth(examples)
+            loss = F.mse_loss(projector(_features(examples, self.device)), wanted) / wanted.var()
+            loss.backward()
+            optimiser.step(done)
+            if step % 50 == 0:
+                log.info("projector step %d, unexplained %.3f", step, loss)
+
+    def learn_from_tower(self, minutes: float, *, full_from: float = 0.5) -> None:
+        """The language model and the projector on the tower's features; from a share ``full_from`` of the time
+        on, every third batch keeps all tokens."""
+        model = self.model
+        taught = [model.model.language_model, model.lm_head, _Newline(model)]
+        optimiser = Optimiser([*taught, _Named("projector", model.model.multi_modal_projector)], peak=1e-3)
+        seen = self._seen_pictures()
+        score, full_score = Score(), Score()
+        for step, done in elapsed(minutes):
+            full = done > full_from and step % 3 == 0
+            pictures = next(seen)[: FULL_BATCH if full else BATCH]
+            examples = self._compose(pictures, full=full)
+            features = model.model.multi_modal_projector(_features(examples, self.device))
+            tally = full_score if full else score
+            tally.add(*self._answer(examples, features, FULL_LENGTH if full else LENGTH))
+            tally.loss.backward()
+            optimiser.step(done)
+            self._log_and_save("tower", step, score)
+            if full and step % 150 == 0:
+                log.info("all tokens: %s", full_score)
+
+    def _pictures(self, batch_size: int, *, drawn: bool) -> Iterator[list[Picture]]:
+        pictures = Pictures(self.rng.getrandbits(32), self.tokenizer, batch_size=batch_size, drawn=drawn)
+        loader = DataLoader(
+            pictures, batch_size=None, num_workers=1, prefetch_factor=8, collate_fn=lambda x: x
+        )
+        return iter(loader)
+
+    def _seen_pictures(self, new: int = 8, memory: int = 4000) -> Iterator[list[Picture]]:
+        """Batches of pictures with the tower's features: ``new`` ones and some that were seen before."""
+        drawn = self._pictures(new, drawn=True)
+        remembered: deque[Picture] = deque(maxlen=memory)
+        while True:
+            pictures = next(drawn)
+            pixels = [torch.from_numpy(p.pixels) for p in pictures]  # type: ignore[arg-type]
+            counts = [len(p) for p in pixels]
+            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
+                padded = F.pad(torch.cat(pixels), (0, 0, 0, 0, 0, 0, 0, 5 * new - sum(counts)))
+                hidden = self._see(self.model.model.vision_tower, normalise(padded.to(self.device)))
+            features = hidden[: sum(counts), 1:].half().cpu().split(counts)
+            fresh = [picture.seen(feature) for picture, feature in zip(pictures, features, strict=True)]
+            remembered.extend(fresh)
+            yield [*fresh, *self.rng.choices(remembered, k=BATCH - new)]
+
+    def _compose(self, pictures: Sequence[Picture], *, full: bool) -> list[Example]:
+        length, num_texts = (FULL_LENGTH, 8) if full else (LENGTH, NUM_TEXTS)
+        return [compose(p, self.rng, length=length, num_texts=num_texts, full=full) for p in pictures]
+
+    def _answer(
+        self, examples: Sequence[Example], features: torch.Tensor, length: int
+    ) -> tuple[torch.Tensor, Sequences]:
+        """Logits [answer tokens, vocabulary] where the sequences' targets ask for them."""
+        model = self.model
+        sequences = lay_out(examples, self._prefix, length, compact=self.rng.random() < 0.3)
+        visual = with_newlines(examples, features.float(), model.model.image_newline)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            embeddings = model.get_input_embeddings()(sequences.ids.to(self.device))
+            embeddings = embeddings.masked_scatter(sequences.visual.to(self.device)[..., None], visual)
+            mask = sequences.mask.to(self.device)[:, None]
+            bias = torch.zeros(mask.shape, device=self.device).masked_fill(~mask, -1e4)
+            hidden = self._decode(
+                model.model.language_model, embeddings, bias, sequences.positions.to(self.device)
+            )
+            wanted = (sequences.targets[:, 1:] != IGNORED).to(self.device)
+            return model.lm_head(hidden[:, :-1][wanted]), sequences
+
+    def _log_and_save(self, name: str, step: int, score: Score) -> None:
+        if step % 50 == 0:
+            log.info("%s step %d: %s", name, step, score)
+        if step % 500 == 0:
+            self._save()
 
 
-def answer_logits(model: Any, sequences: Sequences, visual: torch.Tensor, decoder: Any) -> torch.Tensor:
-    """Logits [answer tokens, vocabulary] where ``sequences.targets`` asks for them."""
-    device = visual.device
-    embeddings = model.get_input_embeddings()(sequences.ids.to(device))
-    embeddings = embeddings.masked_scatter(sequences.visual.to(device)[..., None], visual.to(embeddings.dtype))
-    bias = torch.zeros(sequences.mask.shape, device=device).masked_fill(~sequences.mask.to(device), -1e4)
-    hidden = decoder(model.model.language_model, embeddings, bias[:, None], sequences.positions.to(device))
-    wanted = (sequences.targets != IGNORED).to(device)
-    return model.lm_head(hidden[:, :-1][wanted[:, 1:]])  # type: ignore[no-any-return]
+class Score:
+    """The last loss, and running shares of wholly right answers by task (teacher forced)."""
+
+    def __init__(self) -> None:
+        self.loss = torch.tensor(0.0)
+        self._right: dict[str, float] = {}
+
+    def add(self, logits: torch.Tensor, sequences: Sequences) -> None:
+        targets = sequences.targets[sequences.targets != IGNORED].to(logits.device)
+        self.loss = F.cross_entropy(logits.float(), targets)
+        right = torch.zeros(sequences.targets.shape, dtype=torch.bool)
+        right[sequences.targets != IGNORED] = (logits.argmax(-1) == targets).cpu()
+        by_task: dict[str, list[bool]] = defaultdict(list)
+        for row, answer, task in sequences.answers:
+            by_task[task].append(bool(right[row, answer].all()))
+        for task, answers in by_task.items():
+            share = float(np.mean(answers))
+            self._right[task] = 0.95 * self._right.get(task, share) + 0.05 * share
+
+    def __str__(self) -> str:
+        tasks = ", ".join(f"{task} {share:.2f}" for task, share in sorted(self._right.items()))
+        return f"loss {self.loss:.3f}, {tasks}"
 
 
-def decode_layers(decoder: Any, embeddings: torch.Tensor, bias: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def decode_layers(
+    decoder: Any, embeddings: torch.Tensor, bias: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
     """The Llama stack on whole sequences with an attention bias of our own, [b, 1, length, length]."""
     rotary = decoder.rotary_emb(embeddings, position_ids=positions)
     hidden = embeddings
@@ -238,13 +220,23 @@ def decode_layers(decoder: Any, embeddings: torch.Tensor, bias: torch.Tensor, po
     return decoder.norm(hidden)  # type: ignore[no-any-return]
 
 
-def loss_and_accuracy(logits: torch.Tensor, sequences: Sequences) -> tuple[torch.Tensor, dict[str, float]]:
-    """Mean cross-entropy over answer tokens, and the share of wholly right answers by task (teacher forced)."""
-    targets = sequences.targets[sequences.targets != IGNORED].to(logits.device)
-    loss = F.cross_entropy(logits.float(), targets)
-    right = torch.zeros(sequences.targets.shape, dtype=torch.bool)
-    right[sequences.targets != IGNORED] = (logits.argmax(-1) == targets).cpu()
-    by_task: dict[str, list[bool]] = defaultdict(list)
-    for row, start, stop, task in sequences.answers:
-        by_task[task].append(bool(right[row, start:stop].all()))
-    return loss, {task: float(np.mean(answers)) for task, answers in sorted(by_task.items())}
+def _features(examples: Sequence[Example], device: torch.device) -> torch.Tensor:
+    """The tower's features of all kept patches: [sum of n, d]."""
+    kept = [e.picture.features[e.partition, e.patch] for e in examples]  # type: ignore[index]
+    return torch.cat(kept).to(device).float()
+
+
+class _Newline(nn.Module):
+    """The newline vector, which hangs on the model itself, as a module of its own."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.newline = model.model.image_newline
+
+
+class _Named(nn.Module):
+    """A module under a name by which the optimiser tells matrices between hidden layers."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__()
+        self.add_module(name, module)

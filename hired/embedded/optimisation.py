@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -12,7 +14,9 @@ from torch import nn
 class Optimiser:
     """Steps all parameters of some modules; the learning rate follows the share of the run that is done."""
 
-    def __init__(self, modules: Sequence[nn.Module], *, peak: float, warm_up_steps: int = 200, floor: float = 0.02):
+    def __init__(
+        self, modules: Sequence[nn.Module], *, peak: float, warm_up_steps: int = 200, floor: float = 0.02
+    ):
         hidden, rest = _split(modules)
         self.parameters = [*hidden, *rest]
         muon = torch.optim.Muon(hidden, lr=peak, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
@@ -42,3 +46,13 @@ def _split(modules: Sequence[nn.Module]) -> tuple[list[nn.Parameter], list[nn.Pa
                 inner = parameter.ndim == 2 and (".layers." in name or "projector" in name)
                 (hidden if inner else rest).append(parameter)
     return hidden, rest
+
+
+def elapsed(minutes: float) -> Iterator[tuple[int, float]]:
+    """Counts steps from 1, with the share of the time that is gone, until it is."""
+    start = time.monotonic()
+    for step in itertools.count(1):
+        done = (time.monotonic() - start) / (60 * minutes)
+        if done >= 1:
+            return
+        yield step, done

@@ -172,7 +172,9 @@ def background(size: Size, noise: np.random.Generator) -> Image.Image:
     slope = np.linspace(-1, 1, w, dtype=np.float32)[None] * noise.uniform(-25, 25)
     slope = slope + np.linspace(-1, 1, h, dtype=np.float32)[:, None] * noise.uniform(-25, 25)
     clouds = Image.fromarray(noise.integers(0, 256, (h // 48 + 2, w // 48 + 2), dtype=np.uint8))
-    slope += np.asarray(clouds.resize((w, h), Image.Resampling.BICUBIC), np.float32) * noise.uniform(0.03, 0.16)
+    slope += np.asarray(clouds.resize((w, h), Image.Resampling.BICUBIC), np.float32) * noise.uniform(
+        0.03, 0.16
+    )
     grain = noise.integers(-9, 10, (h // 2 + 1, w // 2 + 1), dtype=np.int8).repeat(2, 0).repeat(2, 1)[:h, :w]
     slope += grain * noise.uniform(0.2, 1.0)
     return Image.fromarray((tone + slope[..., None]).clip(0, 255).astype(np.uint8))
@@ -205,6 +207,17 @@ def paint(
     return Scene(brush.image, brush.labels, tuple(sorted(things, key=lambda thing: thing.place)))
 
 
+def random_size(rng: random.Random) -> Size:
+    """A picture size near one of the canvases: some exact, some that need padding, some that need resizing."""
+    canvas = rng.choices(PINPOINTS, (5, 2, 2, 1, 1))[0]
+    if rng.random() < 0.4:
+        return canvas
+    zoom = rng.uniform(0.8, 1.3) if rng.random() < 0.5 else 1.0
+    squeeze = (rng.uniform(0.78, 1.0), 1.0)
+    by_height, by_width = squeeze if rng.random() < 0.5 else squeeze[::-1]
+    return Size(round(canvas.height * zoom * by_height), round(canvas.width * zoom * by_width))
+
+
 class _Layout:
     """Hands out free rectangles, one to each of the nine places."""
 
@@ -217,7 +230,9 @@ class _Layout:
         self.seams_x = [(x - content.left) * unit for x in range(SIDE, canvas.width, SIDE)]
         self.seams_y = [(y - content.top) * unit for y in range(SIDE, canvas.height, SIDE)]
 
-    def take(self, width: float, height: float, *, whole: bool) -> tuple[tuple[int, int], float, float] | None:
+    def take(
+        self, width: float, height: float, *, whole: bool
+    ) -> tuple[tuple[int, int], float, float] | None:
         """A place and the top left corner for a box of this size, or None where nothing fits."""
         for place in self.free:
             for _ in range(12):
@@ -235,7 +250,10 @@ class _Layout:
         gap = 3 * self.unit
         if left < gap or top < gap or right > self.size.width - gap or bottom > self.size.height - gap:
             return False
-        if any(l < right + gap and left < r + gap and t < bottom + gap and top < b + gap for l, t, r, b in self.taken):
+        if any(
+            l < right + gap and left < r + gap and t < bottom + gap and top < b + gap
+            for l, t, r, b in self.taken
+        ):
             return False
         cut = any(left < x < right for x in self.seams_x) or any(top < y < bottom for y in self.seams_y)
         return not (whole and cut)
@@ -252,7 +270,9 @@ def _paint_shape(brush: LabelBrush, layout: _Layout, rng: random.Random) -> list
     return [Thing("shape", colour, name, "", place)]
 
 
-def _paint_sign(brush: LabelBrush, layout: _Layout, rng: random.Random, colour: str, text: str) -> list[Thing]:
+def _paint_sign(
+    brush: LabelBrush, layout: _Layout, rng: random.Random, colour: str, text: str
+) -> list[Thing]:
     font = _font(rng.choice(_FONTS), max(6, round(rng.uniform(13, 20) * layout.unit)))
     pad = rng.uniform(4, 8) * layout.unit
     width, cap = font.getlength(text), CAP_HEIGHT * font.size
@@ -270,7 +290,9 @@ def draw_sign(
     """A coloured plate with ``text`` on it, its top left corner at ``corner``."""
     x, y = corner
     width, cap = font.getlength(text), CAP_HEIGHT * font.size
-    brush.rectangle((x, y, x + width + 2 * pad, y + cap + 2 * pad), COLOURS[colour], PLATE * NUM_TINTS + _TINT[colour])
+    brush.rectangle(
+        (x, y, x + width + 2 * pad, y + cap + 2 * pad), COLOURS[colour], PLATE * NUM_TINTS + _TINT[colour]
+    )
     ink = (250, 250, 250) if colour in _DARK else (12, 12, 12)
     brush.text((x + pad, y + pad + cap), text, font, ink, colour)
 

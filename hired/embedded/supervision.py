@@ -21,7 +21,7 @@ PATCHES_PER_SIDE = painter.SIDE // PATCH
 NUM_PRESENCES = len(SHAPES) * len(COLOURS) + len(GLYPHS) + len(COLOURS)
 
 _STRIDE = 2  # every second pixel is enough to say what a patch shows
-_VISIBLE = 5  # of a patch's 64 looked-at pixels
+VISIBLE = 5  # of a patch's 64 looked-at pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def cut_pixels(image: Image.Image) -> NDArray[np.uint8]:
 def patch_counts(labels: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """How many looked-at pixels of each patch bear each what and each tint: [n, patches, ...] twice."""
     n, side = len(labels), PATCHES_PER_SIDE
-    looked = labels[:, :: _STRIDE, :: _STRIDE]
+    looked = labels[:, ::_STRIDE, ::_STRIDE]
     step = PATCH // _STRIDE
     looked = looked.reshape(n, side, step, side, step).transpose(0, 1, 3, 2, 4).reshape(n * side * side, -1)
     rows = np.arange(len(looked))[:, None]
@@ -77,14 +77,14 @@ def patch_counts(labels: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[
 def ink(labels: NDArray[np.int32]) -> NDArray[np.bool_]:
     """Which patches show a thing: [n, patches]."""
     whats, _ = patch_counts(labels)
-    return whats[..., 1:].sum(-1) >= _VISIBLE
+    return whats[..., 1:].sum(-1) >= VISIBLE
 
 
 def targets(labels: NDArray[np.int32], whole: NDArray[np.bool_]) -> Targets:
     """What each patch shows and each partition holds. ``whole`` [n] marks full-images: their print is too
     small to read, so it weighs little."""
     whats, tints = patch_counts(labels)
-    visible = np.where(whats >= _VISIBLE, whats, 0).astype(np.float32)
+    visible = np.where(whats >= VISIBLE, whats, 0).astype(np.float32)
     things = visible.copy()
     things[..., : painter.BAR] = 0
     has_thing = things.sum(-1) > 0
@@ -96,7 +96,9 @@ def targets(labels: NDArray[np.int32], whole: NDArray[np.bool_]) -> Targets:
     shown = has_thing | has_plate
     tint = np.where(shown, tints[..., 1:].argmax(-1) + 1, 0)
     has_print = visible[..., painter.FIRST_GLYPH :].sum(-1) > 0
-    weight = np.where(has_thing, np.where(has_print & whole[:, None], 0.25, 1.0), np.where(has_plate, 0.3, 0.05))
+    weight = np.where(
+        has_thing, np.where(has_print & whole[:, None], 0.25, 1.0), np.where(has_plate, 0.3, 0.05)
+    )
     return Targets(
         what=torch.from_numpy(what),
         tint=torch.from_numpy(tint),
@@ -110,8 +112,8 @@ def _presence(labels: NDArray[np.int32]) -> NDArray[np.float32]:
     out = np.zeros((len(labels), NUM_PRESENCES), np.float32)
     colours, glyphs = len(COLOURS), len(GLYPHS)
     for row, partition in zip(out, labels, strict=True):
-        counts = np.bincount(partition[:: _STRIDE, :: _STRIDE].ravel())
-        for label in np.flatnonzero(counts >= 2 * _VISIBLE):
+        counts = np.bincount(partition[::_STRIDE, ::_STRIDE].ravel())
+        for label in np.flatnonzero(counts >= 2 * VISIBLE):
             what, tint = divmod(int(label), painter.NUM_TINTS)
             if what >= painter.FIRST_GLYPH:
                 row[len(SHAPES) * colours + (what - painter.FIRST_GLYPH) % glyphs] = 1

@@ -54,8 +54,7 @@ def build_tokenizer() -> Any:
         pad_token=PAD,
         bos_token=BOS,
         eos_token=EOS,
-        additional_special_tokens=[IMAGE, USER, ASSISTANT],
-        chat_template=CHAT_TEMPLATE,
+        extra_special_tokens={"image_token": IMAGE, "user_token": USER, "assistant_token": ASSISTANT},
         padding_side="left",
         model_max_length=4096,
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import logging
 import random
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -22,8 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from hired.embedded import painter, supervision
-from hired.embedded.optimisation import Optimiser
-from hired.types import Size
+from hired.embedded.optimisation import Optimiser, elapsed
 
 log = logging.getLogger(__name__)
 
@@ -55,21 +53,10 @@ class Sheets(IterableDataset[Batch]):
 def _scene_partitions(rng: random.Random) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int32], bool]]:
     """Pixels, labels, and whether it is the full-image, one partition at a time."""
     while True:
-        scene = painter.paint(rng, random_size(rng))
+        scene = painter.paint(rng, painter.random_size(rng))
         cut = zip(supervision.cut_pixels(scene.image), supervision.cut_labels(scene.labels), strict=True)
         for i, (pixels, labels) in enumerate(cut):
             yield pixels, labels, i == 0
-
-
-def random_size(rng: random.Random) -> Size:
-    """A picture size near one of the canvases: some exact, some that need padding, some that need resizing."""
-    canvas = rng.choices(painter.PINPOINTS, (5, 2, 2, 1, 1))[0]
-    if rng.random() < 0.4:
-        return canvas
-    zoom = rng.uniform(0.8, 1.3) if rng.random() < 0.5 else 1.0
-    squeeze = (rng.uniform(0.78, 1.0), 1.0)
-    by_height, by_width = squeeze if rng.random() < 0.5 else squeeze[::-1]
-    return Size(round(canvas.height * zoom * by_height), round(canvas.width * zoom * by_width))
 
 
 class Heads(nn.Module):
@@ -96,7 +83,9 @@ def feature_layer(tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     return hidden  # type: ignore[no-any-return]
 
 
-def tower_loss(heads: Heads, hidden: torch.Tensor, targets: supervision.Targets) -> tuple[torch.Tensor, torch.Tensor]:
+def tower_loss(
+    heads: Heads, hidden: torch.Tensor, targets: supervision.Targets
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The patch losses and the CLS loss, each a mean."""
     hidden = hidden.float()
     patches, cls = hidden[:, 1:], hidden[:, 0]
@@ -125,24 +114,33 @@ def train_tower(
     torch.manual_seed(seed)
     heads = Heads(tower.config.hidden_size).to(device)  # type: ignore[union-attr,arg-type]
     optimiser = Optimiser([tower, heads], peak=2e-3)
-    drawn = iter(DataLoader(Sheets(seed, num_sheets, num_from_scenes), batch_size=None, num_workers=1, prefetch_factor=8))
+    drawn = iter(
+        DataLoader(
+            Sheets(seed, num_sheets, num_from_scenes), batch_size=None, num_workers=1, prefetch_factor=8
+        )
+    )
     kept: deque[Batch] = deque(maxlen=400)
     rng = random.Random(seed)
     forward = torch.compile(feature_layer)
-    start, step = time.monotonic(), 0
-    while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
-        if step % reuse == 0:
+    for step, done in elapsed(minutes):
+        fresh = step % reuse == 1
+        if fresh:
             kept.append(next(drawn))
-        batch = kept[-1] if step % reuse == 0 else rng.choice(kept)
-        targets = supervision.Targets(*(getattr(batch.targets, f.name).to(device) for f in fields(batch.targets)))
+        batch = kept[-1] if fresh else rng.choice(kept)
+        targets = supervision.Targets(
+            *(getattr(batch.targets, f.name).to(device) for f in fields(batch.targets))
+        )
         with torch.autocast(device.type, torch.bfloat16):
             hidden = forward(tower, normalise(batch.pixels.to(device)))
         patch_loss, cls_loss = tower_loss(heads, hidden, targets)
         (patch_loss + 5 * cls_loss).backward()
         optimiser.step(done)
-        step += 1
         if step % 100 == 0:
-            report(step, start, heads, hidden, targets, patch_loss, cls_loss)
+            glyphs, tints = accuracy(heads, hidden, targets)
+            log.info(
+                "tower step %d: patches %.3f, cls %.4f, glyphs right %.3f, tints right %.3f",
+                step, patch_loss, cls_loss, glyphs, tints,
+            )  # fmt: skip
         if step % 500 == 0:
             save(heads)
     save(heads)
@@ -150,21 +148,11 @@ def train_tower(
 
 
 @torch.no_grad()
-def report(
-    step: int,
-    start: float,
-    heads: Heads,
-    hidden: torch.Tensor,
-    targets: supervision.Targets,
-    patch_loss: torch.Tensor,
-    cls_loss: torch.Tensor,
-) -> None:
-    """One line: losses, and how often the likeliest thing is in the patch."""
-    clear = (targets.weight == 1) & (targets.what[..., painter.FIRST_GLYPH :].sum(-1) > 0)
-    best = heads.what(hidden[:, 1:].float()).argmax(-1, keepdim=True)
-    right = (targets.what.gather(-1, best)[..., 0] > 0)[clear].float().mean()
-    tint = (heads.tint(hidden[:, 1:].float()).argmax(-1) == targets.tint)[clear].float().mean()
-    log.info(
-        "step %d %.0f s patch %.3f cls %.4f glyphs %.3f tints %.3f",
-        step, time.monotonic() - start, patch_loss, cls_loss, right, tint,
-    )  # fmt: skip
+def accuracy(heads: Heads, hidden: torch.Tensor, targets: supervision.Targets) -> tuple[float, float]:
+    """How often the likeliest glyph, with its index in the word, is in the patch; and the likeliest tint."""
+    legible = (targets.weight == 1) & (targets.what[..., painter.FIRST_GLYPH :].sum(-1) > 0)
+    patches = hidden[:, 1:].float()
+    best = heads.what(patches).argmax(-1, keepdim=True)
+    right = targets.what.gather(-1, best)[..., 0] > 0
+    tint = heads.tint(patches).argmax(-1) == targets.tint
+    return right[legible].float().mean().item(), tint[legible].float().mean().item()

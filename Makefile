@@ -1,0 +1,43 @@
+# Every target sets itself up first: a .venv in this folder, no root. `make PYTHON=/path/to/python3.12 ...`
+# names the interpreter where the right one is not found.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup caption test check bench clean
+
+PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3 python,$(shell command -v $(name))))
+BIN := .venv/bin
+READY := .venv/.complete
+OUTPUT ?= output/caption/$(shell date -u +%Y%m%dT%H%M%SZ)
+
+# Small models on few cores: more threads than this fight each other.
+export OMP_NUM_THREADS ?= 1
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make .venv, or bring it up to date
+
+$(READY): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "Python 3.11 to 3.13 is needed; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
+	# torch alone first: pip then takes the CPU build where it finds one, and the default build elsewhere.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	touch $@
+
+caption: $(READY) ## caption the sample corpus with the embedded model; prints where the results are
+	$(BIN)/python jobs/caption_corpus.py --input examples/scenes --output $(OUTPUT) --model embedded
+
+test: $(READY) ## run every test; with CI=1 a skipped test is a failure
+	$(BIN)/python -m pytest --timeout 600
+
+check: $(READY) ## formatting, lint, types, and the layers of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
+
+clean: ## remove .venv, caches and build products; output/ stays
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

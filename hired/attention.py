@@ -1,0 +1,66 @@
+"""What CLS attends to, read beside fused attention, and the choice of the patches it attends to most.
+
+The full attention map of one ViT-L/14-336 partition takes 21 MB in float32, and only its CLS row is wanted:
+softmax(q_cls k^T * scale), from the layer's own queries and keys. The layer itself keeps the fused kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attention:
+    """One self-attention layer at work on a batch.
+
+    Queries, keys and values are ``[n, heads, 1 + patches, d_head]``; token 0 is CLS.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    scale: float
+
+    @classmethod
+    def of(cls, module: Any, states: Tensor) -> Attention:
+        """From a ``CLIPAttention`` of transformers and its input ``[n, 1 + patches, d]``."""
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.view(*states.shape[:2], -1, module.head_dim).transpose(1, 2)
+
+        return cls(
+            heads(module.q_proj(states)),
+            heads(module.k_proj(states)),
+            heads(module.v_proj(states)),
+            module.scale,
+        )
+
+    def context(self) -> Tensor:
+        """What each token gathers, ``[n, 1 + patches, d]``, heads joined, before the output projection."""
+        gathered = scaled_dot_product_attention(self.queries, self.keys, self.values, scale=self.scale)
+        return gathered.transpose(1, 2).flatten(2)
+
+    def from_cls(self) -> Tensor:
+        """The attention of CLS to each patch, summed over heads: float32 ``[n, patches]``.
+
+        CLS's attention to itself counts in the softmax and is then left out. In float32 whatever the layer
+        runs in: eight bits of bfloat16 would tie patches that differ.
+        """
+        logits = self.queries[:, :, :1].float() @ self.keys.float().transpose(-1, -2) * self.scale
+        return logits.softmax(-1)[:, :, 0, 1:].sum(1)
+
+
+def most_attended(attention: Tensor, counts: Tensor, among: Tensor) -> Tensor:
+    """Phase 2 of HiRED: in each partition the ``counts`` patches that CLS attends to most (Eq. 2).
+
+    Bool like ``attention`` ``[..., patches]``; ``counts`` ``[...]`` may not exceed the patches ``among``
+    (bool, like ``attention``) which to choose. Of equals the first in raster order is kept.
+    """
+    order = attention.masked_fill(~among, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(order.shape[-1], device=order.device) < counts[..., None]
+    return torch.zeros_like(among).scatter(-1, order, first)

@@ -1,0 +1,38 @@
+"""Where the models run and in which precision, when the caller does not say."""
+
+from __future__ import annotations
+
+import torch
+
+from hired.errors import ConfigurationError
+
+FIRST_BFLOAT16_GPU = (8, 0)
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The given device, else the current GPU, else the CPU."""
+    try:
+        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigurationError(f"{device!r} is no device; use cpu, cuda or cuda:N") from error
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The given dtype, else float32 on CPUs, bfloat16 on GPUs that have it, float16 on older ones."""
+    if dtype is None:
+        if device.type != "cuda":
+            return torch.float32
+        return (
+            torch.bfloat16
+            if torch.cuda.get_device_capability(device) >= FIRST_BFLOAT16_GPU
+            else torch.float16
+        )
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if resolved not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigurationError(f"{dtype!r} is no precision to run in; use float32, bfloat16 or float16")
+    return resolved
+
+
+def resolve_handoff_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    """Features travel as float16, half the bytes; as float32 when the caller asks for float32 throughout."""
+    return torch.float32 if dtype in (torch.float32, "float32") else torch.float16

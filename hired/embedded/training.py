@@ -1,0 +1,120 @@
+"""The embedded model's training from nothing: three stages that leave their state in a folder.
+
+The tower learns to see and the language model to look up at the same time, each in a process of its own;
+then they are joined.
+"""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from hired.embedded import checkpoint
+from hired.embedded.language_training import Trainer
+from hired.embedded.tokenisation import build_tokenizer
+from hired.embedded.tower_training import Heads, train_tower
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where the state goes, how long each stage lasts, and on what it runs."""
+
+    folder: Path
+    seed: int
+    device: str
+    threads: int
+    tower_minutes: float
+    truth_minutes: float
+    projector_minutes: float
+    join_minutes: float
+
+    @property
+    def tower_file(self) -> Path:
+        return self.folder / "tower.pt"
+
+    @property
+    def truth_file(self) -> Path:
+        return self.folder / "truth.pt"
+
+    @property
+    def joined_file(self) -> Path:
+        return self.folder / "joined.pt"
+
+
+def train(plan: Plan, output: Path) -> None:
+    """Runs the stages whose state is not there yet and saves the checkpoint to ``output``."""
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    apart = [
+        (stage, file)
+        for stage, file in ((tower_stage, plan.tower_file), (truth_stage, plan.truth_file))
+        if not file.exists()
+    ]
+    with ProcessPoolExecutor(max(1, len(apart)), mp_context=get_context("spawn")) as processes:
+        for done in [processes.submit(stage, plan) for stage, _ in apart]:
+            done.result()
+    if not plan.joined_file.exists():
+        join_stage(plan)
+    tokenizer = build_tokenizer()
+    model = checkpoint.new_model(tokenizer, seed=plan.seed)
+    model.load_state_dict(torch.load(plan.joined_file, map_location="cpu"))
+    checkpoint.save(model, tokenizer, output)
+
+
+def tower_stage(plan: Plan) -> None:
+    """The tower alone, on pixels."""
+    _prepare(plan)
+    model = checkpoint.new_model(build_tokenizer(), seed=plan.seed)
+    tower = model.model.vision_tower.to(plan.device)
+    draft = plan.tower_file.with_suffix(".draft")
+
+    def save(heads: Heads) -> None:
+        torch.save({"tower": tower.state_dict(), "heads": heads.state_dict()}, draft)
+
+    train_tower(tower, minutes=plan.tower_minutes, seed=plan.seed, device=torch.device(plan.device), save=save)
+    draft.rename(plan.tower_file)
+
+
+def truth_stage(plan: Plan) -> None:
+    """The language model alone, on the painter's labels."""
+    _prepare(plan)
+    tokenizer = build_tokenizer()
+    model = checkpoint.new_model(tokenizer, seed=plan.seed).to(plan.device)
+    draft = plan.truth_file.with_suffix(".draft")
+
+    def save() -> None:
+        torch.save({"model": model.state_dict(), "truth": trainer.truth.state_dict()}, draft)
+
+    trainer = Trainer(model, tokenizer, seed=plan.seed, save=save)
+    trainer.learn_from_truth(plan.truth_minutes)
+    save()
+    draft.rename(plan.truth_file)
+
+
+def join_stage(plan: Plan) -> None:
+    """The projector between the two, then language model and projector together; the tower stays as it is."""
+    _prepare(plan)
+    tokenizer = build_tokenizer()
+    model = checkpoint.new_model(tokenizer, seed=plan.seed).to(plan.device)
+    draft = plan.joined_file.with_suffix(".draft")
+    trainer = Trainer(model, tokenizer, seed=plan.seed + 1, save=lambda: torch.save(model.state_dict(), draft))
+    truth = torch.load(plan.truth_file, map_location=plan.device)
+    model.load_state_dict(truth["model"])
+    trainer.truth.load_state_dict(truth["truth"])
+    model.model.vision_tower.load_state_dict(torch.load(plan.tower_file, map_location=plan.device)["tower"])
+    model.model.vision_tower.requires_grad_(False)
+    trainer.match_projector(plan.projector_minutes)
+    trainer.learn_from_tower(plan.join_minutes)
+    torch.save(model.state_dict(), draft)
+    draft.rename(plan.joined_file)
+
+
+def _prepare(plan: Plan) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    torch.set_num_threads(plan.threads)

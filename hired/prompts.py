@@ -1,0 +1,60 @@
+"""A prompt as the checkpoint was trained to see it, and its answer back as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hired.errors import GenerationError, ModelError
+
+
+class PromptTemplate:
+    """Renders prompts through the checkpoint's own chat template.
+
+    ``processor`` is transformers' processor of the checkpoint. Checkpoints without a chat template get
+    LLaVA's first one, ``USER: <image>\\n{prompt} ASSISTANT:``.
+    Raises ModelError when the template does not place exactly one image.
+    """
+
+    def __init__(self, processor: Any, image_token_id: int) -> None:
+        self._tokenizer = processor.tokenizer
+        self._renderer = next((owner for owner in (processor, self._tokenizer) if owner.chat_template), None)
+        self._image_token_id = image_token_id
+        self._image_token = str(self._tokenizer.convert_ids_to_tokens(image_token_id))
+        if self._token_ids("?").count(image_token_id) != 1:
+            raise ModelError(
+                f"the checkpoint's chat template does not write the image token {self._image_token!r} once "
+                "for a message of one image and one text; mend its chat_template"
+            )
+
+    def render(self, prompt: str) -> str:
+        """The whole prompt with one image token where the visual tokens belong."""
+        if self._renderer is None:
+            return f"USER: {self._image_token}\n{prompt} ASSISTANT:"
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        message = {"role": "user", "content": content}
+        return str(self._renderer.apply_chat_template([message], add_generation_prompt=True, tokenize=False))
+
+    def split(self, prompt: str) -> tuple[list[int], list[int]]:
+        """The token ids before the image and after it.
+
+        Raises GenerationError when the prompt smuggles in image tokens of its own.
+        """
+        ids = self._token_ids(prompt)
+        if ids.count(self._image_token_id) != 1:
+            raise GenerationError(
+                f"the prompt must not contain the model's image token {self._image_token!r}"
+            )
+        image = ids.index(self._image_token_id)
+        return ids[:image], ids[image + 1 :]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of generated ids, special tokens left out."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def _token_ids(self, prompt: str) -> list[int]:
+        rendered = self.render(prompt)
+        bos_token = self._tokenizer.bos_token  # some templates write it themselves: never begin twice
+        has_bos = bos_token is not None and rendered.startswith(bos_token)
+        ids: list[int] = self._tokenizer(rendered, add_special_tokens=not has_bos).input_ids
+        return ids

@@ -1,0 +1,1 @@
+"""Entry points, run as files: ``python jobs/caption_corpus.py --help``."""

@@ -1,0 +1,270 @@
+"""One typed tree of options: the source of the flags, the YAML file, the manifest and the documentation.
+
+``python -m pipeline.config`` prints the documentation. Flags are the fields' names with dashes, and dots
+between levels: ``--max-new-tokens 32``, ``--encode.batch-size 4``. Flags override ``--config run.yaml``,
+which overrides the defaults below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from hired.budget import Budget
+from hired.errors import ConfigurationError
+from hired.partitioning import MAX_PIXELS
+
+
+def _rate_or_tokens(value: Any) -> Any:
+    """A number as it was written: with a decimal point it is a rate, without one a count of tokens."""
+    if isinstance(value, str):
+        try:
+            value = int(value) if value.strip().isdigit() else float(value)
+        except ValueError:
+            raise ValueError("write a rate such as 0.2 or a number of tokens such as 576") from None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("write a rate such as 0.2 or a number of tokens such as 576")
+    if value == 1 and isinstance(value, int):
+        raise ValueError("1 could mean all tokens or one token; write 1.0 to keep all, or a number from 2 on")
+    if isinstance(value, float) and not 0 < value <= 1:
+        raise ValueError(
+            "a rate lies above 0 and goes up to 1.0; write a number of tokens without a decimal point"
+        )
+    if value < 1 and isinstance(value, int):
+        raise ValueError("a number of tokens must be positive")
+    return value
+
+
+TokenBudget = Annotated[int | float, BeforeValidator(_rate_or_tokens)]
+
+
+class Tree(BaseModel):
+    """A level of the tree: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Pool(Tree):
+    """The workers of one stage. What is None is decided from the cluster's size when the job starts."""
+
+    batch_size: int = Field(8, gt=0, description="rows a call")
+    min_actors: int = Field(1, gt=0, description="workers to start with")
+    max_actors: int | None = Field(None, gt=0, description="workers at most; as many as fit if not given")
+    num_cpus: float | None = Field(
+        None, gt=0, description="CPUs that Ray sets aside for a worker, fractions allowed"
+    )
+    num_gpus: float | None = Field(None, ge=0, description="GPUs for a worker, fractions allowed")
+    threads: int | None = Field(None, gt=0, description="torch and OpenMP threads of a worker")
+
+    @model_validator(mode="after")
+    def _min_below_max(self) -> Pool:
+        if self.max_actors is not None and self.max_actors < self.min_actors:
+            raise ValueError(f"max_actors {self.max_actors} is below min_actors {self.min_actors}")
+        return self
+
+
+class PartitionPool(Pool):
+    """Workers that decode images: small batches, since one image may take a gigabyte while it is decoded."""
+
+    batch_size: int = Field(4, gt=0, description="rows a call")
+
+
+class GeneratePool(Pool):
+    """Workers that write captions: large batches, since decoding is bound by reading the weights."""
+
+    batch_size: int = Field(16, gt=0, description="rows a call")
+
+
+class Config(Tree):
+    """What a captioning job does; every field is a flag and a YAML key."""
+
+    input: str = Field(
+        min_length=1,
+        description="folder or glob of images, parquet files with an image column, WebDataset tars",
+    )
+    output: Path = Field(
+        description="folder for captions/, dead_letters/ and manifest.json; it must not hold a run yet"
+    )
+
+    model: str = Field("embedded", description="'embedded', a checkpoint's folder, or a hub id")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where the models run; auto takes GPUs if the cluster has any"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="precision of the models; float32 also hands features over as float32"
+    )
+
+    policy: str = Field(
+        "hired",
+        description="which visual tokens to keep: hired, hired-reference, keep-all, or a registered one",
+    )
+    token_budget: TokenBudget = Field(
+        0.2, description="visual tokens an image may keep: a rate (0.2, 1.0 keeps all) or a number (576)"
+    )
+    alpha: float = Field(0.5, ge=0, le=1, description="the full-image's share of the budget")
+    newlines: Literal["rows", "all", "none"] = Field(
+        "rows", description="newline embeddings after canvas rows that keep a token, after all, after none"
+    )
+    positions: Literal["original", "compact"] = Field(
+        "original", description="position ids of kept tokens: as in the full sequence, or closed up"
+    )
+
+    prompt: str = Field("Describe the picture.", min_length=1, description="what to ask about each image")
+    max_new_tokens: int = Field(64, gt=0, description="tokens to generate at most")
+
+    max_pixels: int = Field(
+        MAX_PIXELS, gt=0, description="larger images become dead letters before they are decoded"
+    )
+    max_file_bytes: int = Field(
+        128 * 1024**2, gt=0, description="larger files become dead letters before they are read"
+    )
+    image_column: str | None = Field(
+        None, description="the image column of parquet input; found if there is only one"
+    )
+    rows_per_file: int = Field(5000, gt=0, description="rows an output file should hold")
+
+    partition: PartitionPool = Field(PartitionPool(), description="decode images and cut them up, on CPUs")
+    encode: Pool = Field(Pool(), description="turn partitions into visual tokens")
+    generate: GeneratePool = Field(GeneratePool(), description="write the captions")
+    autoscaling: bool = Field(
+        False, description="the cluster grows on demand: do not insist that all workers fit at the start"
+    )
+
+    @property
+    def budget(self) -> Budget:
+        if isinstance(self.token_budget, float):
+            return Budget(rate=self.token_budget, alpha=self.alpha)
+        return Budget(tokens=self.token_budget, alpha=self.alpha)
+
+
+def from_command_line(arguments: Sequence[str] | None = None) -> Config:
+    """The configuration that flags, YAML file and defaults give together; raises ConfigurationError."""
+    parser = _parser()
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        raise ConfigurationError(f"unknown argument {flag}{_nearest(flag, parser._option_string_actions)}")
+    flags = {name: value for name, value in vars(known).items() if value is not None}
+    file = flags.pop("config", None)
+    tree = _read_yaml(Path(file)) if file else {}
+    for name, value in flags.items():
+        _put(tree, name.split("."), value)
+    return from_tree(tree)
+
+
+def from_tree(tree: Mapping[str, Any]) -> Config:
+    """The configuration of a nested mapping; raises ConfigurationError that names every wrong key."""
+    try:
+        return Config.model_validate(dict(tree))
+    except ValidationError as error:
+        raise ConfigurationError("; ".join(map(_explain, error.errors()))) from error
+
+
+def reference() -> str:
+    """The documentation of every option, as a Markdown table."""
+    rows = ["| flag | YAML key | default | meaning |", "|---|---|---|---|"]
+    for name, field in _leaves(Config):
+        rows.append(f"| `{_flag(name)}` | `{name}` | {_default(field)} | {_meaning(field)} |")
+    return "\n".join(rows)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports like everything else: by a ConfigurationError."""
+
+    def error(self, message: str) -> Any:
+        raise ConfigurationError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        description="Caption a corpus of images. Flags override the YAML file.",
+        allow_abbrev=False,
+        argument_default=None,
+    )
+    parser.add_argument("--config", metavar="run.yaml", help="YAML file with the keys of the flags below")
+    for name, field in _leaves(Config):
+        optional_value: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+        parser.add_argument(
+            _flag(name),
+            dest=name,
+            metavar=name.rpartition(".")[2].upper(),
+            help=f"{_meaning(field)} ({_default(field)})".replace("%", "%%"),
+            **optional_value,
+        )
+    return parser
+
+
+def _leaves(tree: type[Tree], above: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """The dotted names and fields of all options that hold a value of their own."""
+    for name, field in tree.model_fields.items():
+        below = field.annotation
+        if isinstance(below, type) and issubclass(below, Tree):
+            yield from _leaves(below, f"{above}{name}.")
+        else:
+            yield above + name, field
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _meaning(field: FieldInfo) -> str:
+    choices = get_args(field.annotation) if "Literal" in str(field.annotation) else ()
+    return f"{field.description} [{' | '.join(choices)}]" if choices else str(field.description)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return "auto" if field.default is None else str(field.default)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"--config {file} cannot be read: {error}") from error
+    if not isinstance(tree, dict | None):
+        raise ConfigurationError(f"--config {file} must hold keys and values such as 'token_budget: 0.2'")
+    return tree or {}
+
+
+def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    *levels, leaf = path
+    for level in levels:
+        below = tree.setdefault(level, {})
+        if not isinstance(below, dict):
+            raise ConfigurationError(f"{level} must hold keys and values such as 'batch_size: 8'")
+        tree = below
+    tree[leaf] = value
+
+
+def _explain(error: Any) -> str:
+    """One validation error as a sentence that names the key and, for an unknown one, its nearest match."""
+    path = [str(part) for part in error["loc"]]
+    name = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        names = [known for known, _ in _leaves(Config)] + list(Config.model_fields)
+        return f"unknown key {name!r}{_nearest(name, names)}"
+    if error["type"] == "missing":
+        return f"{_flag(name)} is required (or the key {name!r} in the YAML file)"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{name or 'configuration'}: {message}" + (
+        f" (got {error['input']!r})" if path and "ctx" in error else ""
+    )
+
+
+def _nearest(name: str, names: Any) -> str:
+    matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else "; --help lists all"
+
+
+if __name__ == "__main__":
+    print(reference())

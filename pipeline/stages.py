@@ -1,0 +1,192 @@
+"""The stages: plain classes, ``__init__(config)`` and ``__call__(batch) -> batch``, that know nothing of Ray.
+
+    bytes --PartitionStage--> Partitions --EncodeStage--> VisualTokens --GenerateStage--> Caption
+
+As many rows come out as went in. A row that fails carries its ``Failure`` and is passed on untouched; its
+neighbours are worked on. ``ConfigurationError`` is no row's fault and is raised, and so is an error of the
+accelerator itself, after which nothing on it can be trusted.
+Each stage adds two columns: its seconds, shared out over the rows, and its process's peak resident memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+import transformers
+
+from hired import families
+from hired.devices import resolve_handoff_dtype
+from hired.errors import ConfigurationError, ImageError
+from hired.partitioning import partition
+from hired.types import Caption, Partitions, VisualTokens
+from hired.vlm import resolve
+from pipeline.columns import (
+    Batch,
+    Failure,
+    of_captions,
+    of_partitions,
+    of_tokens,
+    to_images,
+    to_partitions,
+    to_tokens,
+)
+from pipeline.config import Config, Pool
+
+log = logging.getLogger(__name__)
+
+Before = TypeVar("Before")
+After = TypeVar("After")
+
+SECONDS, PEAK_RSS = "_s", "_peak_rss_bytes"
+
+
+class PartitionStage:
+    """Image bytes -> partitions, on a CPU. The bytes travel no further."""
+
+    name = "partition"
+
+    def __init__(self, config: Config) -> None:
+        prepare_worker(config.partition)
+        self._max_pixels = config.max_pixels
+        self._tiling = families.tiling(resolve(config.model))
+
+    def __call__(self, batch: Batch) -> Batch:
+        started_s = time.perf_counter()
+        rows = attempt(self.name, to_images(batch), self._partition)
+        return labels(batch) | of_partitions(rows) | metered(self.name, len(rows), started_s)
+
+    def _partition(self, images: Sequence[bytes]) -> list[Partitions | Exception]:
+        return [self._partition_one(image) for image in images]
+
+    def _partition_one(self, image: bytes) -> Partitions | Exception:
+        try:
+            return partition(image, self._tiling, max_pixels=self._max_pixels)
+        except ImageError as error:
+            return error
+
+
+class EncodeStage:
+    """Partitions -> the visual tokens that survive dropping. No pixels travel further."""
+
+    name = "encode"
+
+    def __init__(self, config: Config) -> None:
+        prepare_worker(config.encode)
+        device, dtype = placement(config)
+        self._encoder = families.load_encoder(resolve(config.model), device=device, dtype=dtype)
+        self._handoff_dtype = resolve_handoff_dtype(dtype)
+        self._budget, self._policy = config.budget, config.policy
+
+    def __call__(self, batch: Batch) -> Batch:
+        started_s = time.perf_counter()
+        rows = attempt(self.name, to_partitions(batch), self._encode)
+        return labels(batch) | of_tokens(rows, self._handoff_dtype) | metered(self.name, len(rows), started_s)
+
+    def _encode(self, partitions: Sequence[Partitions]) -> list[VisualTokens]:
+        return self._encoder.encode(partitions, budget=self._budget, policy=self._policy)
+
+
+class GenerateStage:
+    """Visual tokens -> captions."""
+
+    name = "generate"
+
+    def __init__(self, config: Config) -> None:
+        prepare_worker(config.generate)
+        device, dtype = placement(config)
+        self._generator = families.load_generator(
+            resolve(config.model),
+            device=device,
+            dtype=dtype,
+            newlines=config.newlines,
+            positions=config.positions,
+        )
+        self._prompt, self._max_new_tokens = config.prompt, config.max_new_tokens
+
+    def __call__(self, batch: Batch) -> Batch:
+        started_s = time.perf_counter()
+        rows = attempt(self.name, to_tokens(batch), self._generate)
+        size = {name: batch[name] for name in ("height", "width")}
+        return labels(batch) | size | of_captions(rows) | metered(self.name, len(rows), started_s)
+
+    def _generate(self, tokens: Sequence[VisualTokens]) -> Sequence[Caption | Exception]:
+        prompts = [self._prompt] * len(tokens)
+        return self._generator.generate(tokens, prompts, max_new_tokens=self._max_new_tokens)
+
+
+def attempt(
+    stage: str,
+    rows: Sequence[Before | Failure],
+    work: Callable[[Sequence[Before]], Sequence[After | Exception]],
+) -> list[After | Failure]:
+    """One result a row, in order; ``work`` never sees failed rows.
+
+    Where ``work`` raises on a batch, every row is tried alone, and only the ones that raise again fail.
+    """
+    results = iter(_results(stage, [row for row in rows if not isinstance(row, Failure)], work))
+    return [row if isinstance(row, Failure) else next(results) for row in rows]
+
+
+def _results(
+    stage: str, values: Sequence[Before], work: Callable[[Sequence[Before]], Sequence[After | Exception]]
+) -> list[After | Failure]:
+    if not values:
+        return []
+    try:
+        results = work(values)
+        if len(results) != len(values):
+            raise RuntimeError(f"{stage} returned {len(results)} results for {len(values)} rows")
+    except (ConfigurationError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        if len(values) > 1:
+            return [result for value in values for result in _results(stage, [value], work)]
+        log.warning("%s failed on a row", stage, exc_info=True)
+        return [Failure.of(error, stage)]
+    return [Failure.of(result, stage) if isinstance(result, Exception) else result for result in results]
+
+
+def labels(batch: Batch) -> Batch:
+    """The columns that accompany a row through every stage."""
+    return {
+        name: batch[name] for name in batch if name in ("key", "path") or name.endswith((SECONDS, PEAK_RSS))
+    }
+
+
+def metered(stage: str, num_rows: int, started_s: float) -> Batch:
+    """What the call cost: seconds shared out over its rows, and the process's peak resident memory so far."""
+    seconds = (time.perf_counter() - started_s) / num_rows
+    return {
+        stage + SECONDS: np.full(num_rows, seconds, np.float64),
+        stage + PEAK_RSS: np.full(num_rows, peak_rss_bytes(), np.int64),
+    }
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process ever had resident, shared pages of the object store included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def prepare_worker(pool: Pool) -> None:
+    """Give this process its threads (left alone, every worker would take all cores) and keep it quiet."""
+    transformers.utils.logging.disable_progress_bar()
+    if pool.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(pool.threads)
+        torch.set_num_threads(pool.threads)
+
+
+def placement(config: Config) -> tuple[str | None, str | None]:
+    """Device and dtype as the loaders take them: None lets them choose."""
+    return (
+        None if config.device == "auto" else config.device,
+        None if config.dtype == "auto" else config.dtype,
+    )

@@ -1,0 +1,38 @@
+"""What all tests share: the corpus of real image files, and how hypothesis runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from tests.pictures import write_corpus
+
+# No deadline: a busy machine is no failure. In CI the same examples every time.
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of image files: ``photos``, ``documents`` and ``hostile``.
+
+    The real one lies beside the project or where HIRED_TEST_CORPUS says. Without it, CI runs on a generated
+    stand-in, so that no test is lost silently there.
+    """
+    beside = Path(__file__).resolve().parents[1].parent / "shared" / "corpus"
+    folder = Path(os.environ.get("HIRED_TEST_CORPUS", beside))
+    if folder.is_dir():
+        return folder
+    if "HIRED_TEST_CORPUS" in os.environ:
+        pytest.fail(f"HIRED_TEST_CORPUS={folder} is not a folder")
+    if not os.environ.get("CI"):
+        pytest.skip(
+            f"no corpus of real images at {folder}; set HIRED_TEST_CORPUS, or CI=1 to generate a stand-in"
+        )
+    generated = tmp_path_factory.mktemp("corpus")
+    write_corpus(generated)
+    return generated

@@ -1,0 +1,136 @@
+"""From visual tokens to captions, around a scripted engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoProcessor
+
+from hired.engine import Request
+from hired.engine.fake import FakeEngine
+from hired.errors import CapacityError, ConfigurationError, GenerationError
+from hired.generator import Generator
+from hired.packing import Positions
+from hired.prompts import PromptTemplate
+from hired.types import Caption, Grid, Size, VisualTokens
+from tests.tiny import IMAGE_ID, tiny_llava_next
+
+P, WIDTH = 2, 4
+NUM_FULL = P * P + P * (P + 1)  # one sub-image without padding, a newline a row
+NEWLINE = torch.full((WIDTH,), -1.0)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> PromptTemplate:
+    processor = AutoProcessor.from_pretrained(tiny_llava_next(tmp_path_factory.mktemp("checkpoint")))
+    return PromptTemplate(processor, IMAGE_ID)
+
+
+def generator(engine: FakeEngine, prompts: PromptTemplate, positions: Positions = "original") -> Generator:
+    projector = nn.Linear(3, WIDTH, bias=False)
+    nn.init.constant_(projector.weight, 1.0)
+    return Generator(
+        engine,
+        prompts,
+        projector=projector,
+        embed_tokens=nn.Embedding(300, WIDTH),
+        image_newline=NEWLINE,
+        patches_per_side=P,
+        positions=positions,
+    )
+
+
+def image(*kept: tuple[int, int]) -> VisualTokens:
+    """A square picture's tokens at (partition, patch); the features count up."""
+    partition, patch = torch.tensor(kept).T
+    features = torch.arange(1.0, len(kept) + 1)[:, None].expand(-1, 3).half()
+    return VisualTokens(features, partition, patch, Grid(1, 1), Size(9, 9), 2 * P * P)
+
+
+def saying(prompts: PromptTemplate, text: str) -> Callable[[Request], Sequence[int]]:
+    """The ids of ``text``, without beginning of sequence or template."""
+    ids = prompts._tokenizer(text, add_special_tokens=False).input_ids
+    return lambda request: ids
+
+
+def captions(answers: Sequence[Caption | GenerationError]) -> list[Caption]:
+    assert all(isinstance(answer, Caption) for answer in answers)
+    return [answer for answer in answers if isinstance(answer, Caption)]
+
+
+def test_the_request_holds_text_projected_tokens_newlines_and_text(prompts: PromptTemplate) -> None:
+    engine = FakeEngine(lambda request: [])
+    generator(engine, prompts).generate([image((0, 1), (1, 0), (1, 3))], ["What?"])
+    before, after = prompts.split("What?")
+    request = engine.requests[0]
+
+    visual = request.embeddings[len(before) : -len(after)]
+    assert visual[:, 0].tolist() == [3.0, 6.0, -1.0, 9.0, -1.0]
+    first = len(before)
+    assert request.positions[first : first + 5].tolist() == [first + slot for slot in (1, 4, 6, 8, 9)]
+    assert request.positions[first + 5] == first + NUM_FULL
+
+
+def test_compact_positions_count_what_is_there(prompts: PromptTemplate) -> None:
+    engine = FakeEngine(lambda request: [])
+    generator(engine, prompts, "compact").generate([image((0, 1), (1, 3))], ["What?"])
+
+    request = engine.requests[0]
+    assert request.positions.tolist() == list(range(len(request)))
+
+
+def test_a_caption_tells_its_text_its_end_and_its_cost(prompts: PromptTemplate) -> None:
+    answer = saying(prompts, " A fox. ")
+    engine = FakeEngine(answer)
+    tokens = image((0, 1), (1, 0), (1, 3))
+    [caption] = captions(generator(engine, prompts).generate([tokens], ["What?"]))
+
+    assert caption == Caption(
+        text="A fox.",
+        token_ids=tuple(answer(engine.requests[0])),
+        finish_reason="stop",
+        prompt_tokens=sum(map(len, prompts.split("What?"))) + 5,
+        visual_tokens_full=NUM_FULL,
+        visual_tokens_kept=5,
+    )
+
+
+def test_the_text_ends_before_the_first_stop_string(prompts: PromptTemplate) -> None:
+    engine = FakeEngine(saying(prompts, "one. two; three"))
+    [caption] = captions(generator(engine, prompts).generate([image((0, 0))], ["?"], stop=[";", "."]))
+
+    assert caption.text == "one"
+    assert engine.requests[0].stop == (";", ".")
+
+
+def test_rows_fail_alone_and_answers_stay_in_order(prompts: PromptTemplate) -> None:
+    engine = FakeEngine(lambda request: [40 + request.max_new_tokens], max_positions=200)
+    rows = [image((0, 0)), image((0, 1)), image((0, 2)), image((0, 3))]
+    answers = generator(engine, prompts).generate(
+        rows, ["a", "see <image>", "c", "d"], max_new_tokens=[2, 3, 500, 5]
+    )
+
+    assert isinstance(answers[1], GenerationError)
+    assert isinstance(answers[2], CapacityError)
+    assert [caption.token_ids for caption in captions([answers[0], answers[3]])] == [(42,), (45,)]
+
+
+def test_no_images_give_no_captions(prompts: PromptTemplate) -> None:
+    assert generator(FakeEngine(lambda request: []), prompts).generate([], []) == []
+
+
+def test_an_unknown_option_is_a_configuration_error(prompts: PromptTemplate) -> None:
+    with pytest.raises(ConfigurationError, match="original, compact"):
+        generator(FakeEngine(lambda request: []), prompts, "random")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("questions", "limits"), [(["a"], 4), (["a", "b"], [4])])
+def test_a_prompt_or_limit_too_few_is_a_configuration_error(
+    prompts: PromptTemplate, questions: list[str], limits: int | list[int]
+) -> None:
+    rows = [image((0, 0)), image((0, 1))]
+    with pytest.raises(ConfigurationError, match="2 images"):
+        generator(FakeEngine(lambda request: []), prompts).generate(rows, questions, max_new_tokens=limits)
