@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup caption test check bench clean
+.PHONY: help setup caption test check docs clean
 
 PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3 python,$(shell command -v $(name))))
 BIN := .venv/bin
@@ -38,6 +38,9 @@ check: $(READY) ## formatting, lint, types, and the layers of imports
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
+
+docs: $(READY) ## write docs/configuration.md anew
+	$(BIN)/python -m pipeline.config > docs/configuration.md
 
 clean: ## remove .venv, caches and build products; output/ stays
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -5,14 +5,13 @@ The stages of a job hold one half each and come by it through ``resolve`` and ``
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hired import families
+from hired import embedded, families
 from hired.budget import Budget
 from hired.devices import resolve_device, resolve_dtype
 from hired.errors import HiredError, ModelError
@@ -127,7 +126,7 @@ def _raised(answer: Caption | HiredError) -> Caption:
 
 
 def _embedded() -> Path:
-    checkpoint: Path = importlib.import_module("hired.embedded").CHECKPOINT
+    checkpoint = embedded.CHECKPOINT
     if not (checkpoint / "config.json").is_file():
         raise ModelError(
             f"the embedded model's files are not in {checkpoint}: install the package anew, or train it "

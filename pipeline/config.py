@@ -11,7 +11,7 @@ import argparse
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -167,12 +167,26 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
         raise ConfigurationError("; ".join(map(_explain, error.errors()))) from error
 
 
+PAGE = """# Options of `jobs/caption_corpus.py`
+
+Every option is a flag and a key of the YAML file given by `--config`. Flags override the file, the file
+overrides the defaults, and an unknown key is an error. `make docs` writes this page from `pipeline/config.py`.
+
+A token budget with a decimal point is a rate of the image's tokens, one without is a number of tokens.
+`1.0` keeps all tokens; a bare `1` could mean either and is refused.
+
+| flag | YAML key | default | meaning |
+|---|---|---|---|
+"""
+
+
 def reference() -> str:
-    """The documentation of every option, as a Markdown table."""
-    rows = ["| flag | YAML key | default | meaning |", "|---|---|---|---|"]
-    for name, field in _leaves(Config):
-        rows.append(f"| `{_flag(name)}` | `{name}` | {_default(field)} | {_meaning(field)} |")
-    return "\n".join(rows)
+    """The documentation of every option, a page of Markdown."""
+    rows = [
+        f"| `{_flag(name)}` | `{name}` | {_default(field)} | {_meaning(field)} |"
+        for name, field in _leaves(Config)
+    ]
+    return PAGE + "\n".join(rows)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -195,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
             _flag(name),
             dest=name,
             metavar=name.rpartition(".")[2].upper(),
-            help=f"{_meaning(field)} ({_default(field)})".replace("%", "%%"),
+            help=f"{_meaning(field)} [{_default(field)}]".replace("%", "%%"),
             **optional_value,
         )
     return parser
@@ -216,8 +230,8 @@ def _flag(name: str) -> str:
 
 
 def _meaning(field: FieldInfo) -> str:
-    choices = get_args(field.annotation) if "Literal" in str(field.annotation) else ()
-    return f"{field.description} [{' | '.join(choices)}]" if choices else str(field.description)
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    return f"{field.description} ({', '.join(choices)})" if choices else str(field.description)
 
 
 def _default(field: FieldInfo) -> str:
@@ -255,10 +269,8 @@ def _explain(error: Any) -> str:
         return f"unknown key {name!r}{_nearest(name, names)}"
     if error["type"] == "missing":
         return f"{_flag(name)} is required (or the key {name!r} in the YAML file)"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{name or 'configuration'}: {message}" + (
-        f" (got {error['input']!r})" if path and "ctx" in error else ""
-    )
+    got = f" (got {error['input']!r})" if isinstance(error["input"], str | int | float) else ""
+    return f"{name}: {error['msg'].removeprefix('Value error, ')}{got}"
 
 
 def _nearest(name: str, names: Any) -> str:

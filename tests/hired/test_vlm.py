@@ -112,7 +112,7 @@ def test_a_missing_folder_is_a_model_error(model: str | Path) -> None:
 def test_an_embedded_model_without_its_files_is_a_model_error_with_the_mend(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hired.embedded.CHECKPOINT", tmp_path, raising=False)
+    monkeypatch.setattr("hired.embedded.CHECKPOINT", tmp_path)
     with pytest.raises(hired.ModelError, match=r"train_embedded\.py"):
         resolve("embedded")
 

@@ -1,4 +1,4 @@
-"""Rows survive the way through Ray's Arrow blocks: values equal, failures equal, types the same in every batch."""
+"""Rows survive the way through Ray's Arrow blocks: equal values, equal failures, equal types."""
 
 from __future__ import annotations
 

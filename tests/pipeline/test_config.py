@@ -62,9 +62,8 @@ def test_a_budget_with_a_decimal_point_is_a_rate_and_without_one_a_count(
     written: str, budget: Budget
 ) -> None:
     assert from_command_line([*REQUIRED, "--token-budget", written]).budget == budget
-    assert from_tree(
-        {"input": "x", "output": "y", "token_budget": float(written)}
-    ).budget.rate == budget.rate or (budget.tokens)
+    number = yaml.safe_load(written.replace("1e-2", "0.01"))
+    assert from_tree({"input": "x", "output": "y", "token_budget": number}).budget == budget
 
 
 @pytest.mark.parametrize("written", ["1", "0", "0.0", "1.5", "-0.2", "-3", "nan", "inf", "many", "true", ""])
@@ -130,12 +129,12 @@ def test_a_wrong_yaml_file_is_named_with_its_mend(text: str, said: str, tmp_path
 
 
 def test_a_yaml_file_that_is_not_there_is_named() -> None:
-    with pytest.raises(ConfigurationError, match="absent.yaml"):
+    with pytest.raises(ConfigurationError, match=r"absent\.yaml"):
         from_command_line(["--config", "absent.yaml"])
 
 
 def test_what_is_required_is_named() -> None:
-    with pytest.raises(ConfigurationError, match="--input is required.*--output is required"):
+    with pytest.raises(ConfigurationError, match=r"--input is required.*--output is required"):
         from_command_line([])
 
 
@@ -150,4 +149,4 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_documentation_is_current() -> None:
     page = Path(config.__file__).parents[1] / "docs" / "configuration.md"
-    assert config.reference() in page.read_text(encoding="utf-8"), "run: make docs"
+    assert page.read_text(encoding="utf-8") == config.reference() + "\n", "run: make docs"
