@@ -80,7 +80,7 @@ def allocate(num_tokens: Tensor, scores: Tensor, num_real: Tensor, alpha: float)
     Differs from the paper, whose floors use up less than the budget and whose counts include padding.
     """
     room_in_sub_images = num_real[:, 1:].sum(-1)
-    full_image = (num_tokens * alpha + _EPSILON).floor().long()
+    full_image = (num_tokens.double() * alpha + _EPSILON).floor().long()
     full_image = full_image.minimum(num_real[:, 0]).maximum(num_tokens - room_in_sub_images)
     sub_images = integer_shares(num_tokens - full_image, scores, num_real[:, 1:])
     return torch.cat([full_image[:, None], sub_images], dim=-1)
@@ -120,12 +120,12 @@ def _weighted_shares(totals: Tensor, weights: Tensor, caps: Tensor) -> Tensor:
 def _capped_quotas(totals: Tensor, weights: Tensor, caps: Tensor) -> Tensor:
     """min(caps, level * weights) ``[n, m]``, with the level at which each row sums to its total.
 
-    Parts fill up in the order of caps / weights. Once the first t are full, the others share what those
-    leave; the level is that of the first t at which no other overflows, and only falls from there on.
+    Parts fill up in the order of caps / weights. Suppose that the first t are full and the others share what
+    those leave: with t their level rises as long as one more overflows, and falls from there on. So the
+    highest is the one, and no rounds are needed.
     """
-    fills_up_at, order = torch.where(weights > 0, caps / weights, 0).sort(dim=-1)
+    order = torch.where(weights > 0, caps / weights, 0).argsort(dim=-1)
     caps_in_order, weights_in_order = caps.gather(-1, order), weights.gather(-1, order)
     left = totals[:, None] - (caps_in_order.cumsum(-1) - caps_in_order)
     levels = left / weights_in_order.flip(-1).cumsum(-1).flip(-1)
-    level = torch.where(levels <= fills_up_at, levels, 0).amax(-1, keepdim=True)
-    return (weights * level).minimum(caps)
+    return (weights * levels.nan_to_num(0).amax(-1, keepdim=True)).minimum(caps)

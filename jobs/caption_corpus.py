@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, where nothing is installed
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         config = from_command_line(arguments)
-        manifest = caption_corpus(config)
+        with redirect_stdout(sys.stderr):  # Ray prints its workers' words to stdout, which is the summary's
+            manifest = caption_corpus(config)
     except ConfigurationError as error:
         print(f"configuration error: {error}", file=sys.stderr)
         return 2

@@ -19,7 +19,6 @@ from pydantic.fields import FieldInfo
 
 from hired.budget import Budget
 from hired.errors import ConfigurationError
-from hired.partitioning import MAX_PIXELS
 
 
 def _rate_or_tokens(value: Any) -> Any:
@@ -73,7 +72,7 @@ class Pool(Tree):
 class PartitionPool(Pool):
     """Workers that decode images: small batches, since one image may take a gigabyte while it is decoded."""
 
-    batch_size: int = Field(4, gt=0, description="rows a call")
+    batch_size: int = Field(2, gt=0, description="rows a call")
 
 
 class GeneratePool(Pool):
@@ -119,8 +118,9 @@ class Config(Tree):
     prompt: str = Field("Describe the picture.", min_length=1, description="what to ask about each image")
     max_new_tokens: int = Field(64, gt=0, description="tokens to generate at most")
 
+    # The worst kind, a WebP with transparency, takes 16 bytes a pixel: 1.2 GB, in a worker of 0.5 GB.
     max_pixels: int = Field(
-        MAX_PIXELS, gt=0, description="larger images become dead letters before they are decoded"
+        75_000_000, gt=0, description="larger images become dead letters before they are decoded"
     )
     max_file_bytes: int = Field(
         128 * 1024**2, gt=0, description="larger files become dead letters before they are read"
@@ -170,7 +170,8 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
 PAGE = """# Options of `jobs/caption_corpus.py`
 
 Every option is a flag and a key of the YAML file given by `--config`. Flags override the file, the file
-overrides the defaults, and an unknown key is an error. `make docs` writes this page from `pipeline/config.py`.
+overrides the defaults, and an unknown key is an error. `make docs` writes this page, from
+`pipeline/config.py`.
 
 A token budget with a decimal point is a rate of the image's tokens, one without is a number of tokens.
 `1.0` keeps all tokens; a bare `1` could mean either and is refused.

@@ -6,9 +6,11 @@ inventory -> read -> PartitionStage -> EncodeStage -> GenerateStage -> captions 
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import ray.data
+from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.config import Config, Pool
 from pipeline.reading import ReadStage
@@ -34,14 +36,16 @@ def run_graph(inventory: Inventory, config: Config, cluster: Cluster, sink: Capt
 
 
 def _mapped(dataset: Any, stage: type, pool: Pool, config: Config) -> Any:
-    return dataset.map_batches(
-        stage,
-        fn_constructor_args=(config,),
-        batch_size=pool.batch_size,
-        batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
-        num_cpus=pool.num_cpus,
-        num_gpus=pool.num_gpus,
-        udf_modifying_row_count=False,
-        max_task_retries=MAX_TASK_RETRIES,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # max_task_retries has no successor yet
+        return dataset.map_batches(
+            stage,
+            fn_constructor_args=(config,),
+            batch_size=pool.batch_size,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
+            num_cpus=pool.num_cpus,
+            num_gpus=pool.num_gpus,
+            udf_modifying_row_count=False,
+            max_task_retries=MAX_TASK_RETRIES,
+        )

@@ -17,8 +17,10 @@ from pipeline.config import Config
 from pipeline.sources import Item, to_items
 from pipeline.stages import metered
 
-# A call hands on its rows in parts, so that a row group of large images is never in memory as a whole.
+# A call hands on its rows in parts, so that a block of large files is never in memory as a whole.
 ROWS_PER_PART = 16
+BYTES_PER_PART = 64 * 2**20
+ROWS_PER_PARQUET_BATCH = 4
 
 
 class ReadStage:
@@ -32,10 +34,12 @@ class ReadStage:
     def __call__(self, batch: Batch) -> Iterator[Batch]:
         """As many rows as came in, in parts."""
         images = self._images(to_items(batch))
-        for start in range(0, len(batch["key"]), ROWS_PER_PART):
+        end = 0
+        while end < len(batch["key"]):
             started_s = time.perf_counter()
-            rows = list(islice(images, ROWS_PER_PART))
-            part = {name: batch[name][start : start + ROWS_PER_PART] for name in ("key", "path")}
+            rows = list(_part(images))
+            start, end = end, end + len(rows)
+            part = {name: batch[name][start:end] for name in ("key", "path")}
             yield part | of_images(rows) | metered(self.name, len(rows), started_s)
 
     def _images(self, items: Sequence[Item]) -> Iterator[bytes | Failure]:
@@ -87,6 +91,16 @@ class ReadStage:
             )
 
 
+def _part(images: Iterator[bytes | Failure]) -> Iterator[bytes | Failure]:
+    """The next images, as many as may be in memory at once."""
+    num_bytes = 0
+    for image in islice(images, ROWS_PER_PART):
+        yield image
+        num_bytes += 0 if isinstance(image, Failure) else len(image)
+        if num_bytes >= BYTES_PER_PART:
+            return
+
+
 def _values(file: str, column: str, rows: Sequence[int]) -> Iterator[bytes | None]:
     """The bytes in some rows of a parquet file; only the row groups that hold them are read, page by page."""
     wanted, start = set(rows), 0
@@ -98,7 +112,7 @@ def _values(file: str, column: str, rows: Sequence[int]) -> Iterator[bytes | Non
             if wanted.isdisjoint(range(start, end)):
                 start = end
                 continue
-            for batch in parquet.iter_batches(ROWS_PER_PART, row_groups=[group], columns=[leaf]):
+            for batch in parquet.iter_batches(ROWS_PER_PARQUET_BATCH, row_groups=[group], columns=[leaf]):
                 for value in batch.column(0):
                     if start in wanted:
                         yield (value["bytes"] if is_struct and value.is_valid else value).as_py()

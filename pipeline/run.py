@@ -18,7 +18,7 @@ from pipeline.graph import run_graph
 from pipeline.manifest import Manifest, fingerprint, versions
 from pipeline.report import account, write_report
 from pipeline.resources import Cluster, settle
-from pipeline.sinks import CaptionSink, fill_up, prepare_output
+from pipeline.sinks import CaptionSink, check_output, fill_up, prepare_output
 from pipeline.sources import take_inventory
 
 # Loading a large checkpoint, or waiting for a node that joins, is no progress either.
@@ -35,6 +35,7 @@ def caption_corpus(config: Config) -> Manifest:
     started_at, started_s = datetime.now(UTC), time.perf_counter()
     run_id = f"{started_at:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
     config = located(config)
+    check_output(config.output)
     checkpoint = check_model(config)
     inventory = take_inventory(config.input, config.image_column)
     log.info("%d rows in %s", len(inventory), config.input)

@@ -102,8 +102,8 @@ class CaptionSink(Datasink):  # type: ignore[misc]
         write_table(pa.table(columns, schema=schema), self._output / name / file)
 
 
-def prepare_output(output: Path) -> None:
-    """Make the folders; raises ConfigurationError where a run has been before."""
+def check_output(output: Path) -> None:
+    """Raise ConfigurationError where a run has been before."""
     left = [name for name in (MANIFEST, *TABLES) if (output / name).exists()]
     if left:
         state = "a run" if MANIFEST in left else "an unfinished run"
@@ -111,6 +111,11 @@ def prepare_output(output: Path) -> None:
             f"--output {output} already holds {state} ({', '.join(left)}); "
             "name another folder, or remove that one"
         )
+
+
+def prepare_output(output: Path) -> None:
+    """Make the folders; raises ConfigurationError where they cannot be made or are there already."""
+    check_output(output)
     try:
         for name in TABLES:
             (output / name).mkdir(parents=True)

@@ -237,12 +237,21 @@ def _tar_items(file: str, name: str) -> Iterator[Item]:
                     yield Item(key, path, file, member.offset_data, member.size)
                 else:
                     without_image.setdefault(key, path)
+            _check_end(tar)
     except (tarfile.TarError, OSError, ValueError) as error:
         yield _unreadable(file, name, f"not a readable tar from some point on ({type(error).__name__})")
     for key, path in without_image.items():
         if key not in with_image:
             failure = Failure.of(UnreadableImageError("the sample has no image"), "read")
             yield Item(key, path, file, failure=failure)
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Raise ReadError where something else than the end follows: tarfile takes damage for the end."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError("a broken header")
 
 
 def sample_key(member: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -41,11 +43,13 @@ def tiling_of(tower: CLIPVisionModel, grids: tuple[tuple[int, int], ...] = GRIDS
     return Tiling(side, tower.config.patch_size, pinpoints)
 
 
-def encoder_of(tower: CLIPVisionModel, **options: object) -> Encoder:
-    defaults = {
+def encoder_of(
+    tower: CLIPVisionModel, *, grids: tuple[tuple[int, int], ...] = GRIDS, **options: Any
+) -> Encoder:
+    defaults: dict[str, Any] = {
         "feature_layer": -2,
         "image_mean": IMAGE_MEAN,
         "image_std": IMAGE_STD,
         "handoff_dtype": torch.float32,
     }
-    return Encoder(tower, tiling_of(tower), **(defaults | options))
+    return Encoder(tower, tiling_of(tower, grids), **(defaults | options))

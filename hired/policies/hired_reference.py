@@ -40,7 +40,7 @@ class HiredReference(Policy):
         """The tokens of each partition, int64 ``[images, partitions]``."""
         present, num_tokens, alpha = candidates.present, candidates.num_tokens, candidates.alpha
         num_images, num_partitions, num_patches = present.shape
-        full_image = (num_tokens * alpha).long().clamp(max=num_patches)
+        full_image = (num_tokens.double() * alpha).long().clamp(max=num_patches)
 
         num_top = num_tokens.new_full([num_images], int(num_patches * (1 - alpha)))
         top = most_attended(full_image_attention, num_top, among=present[:, 0])

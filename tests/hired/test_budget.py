@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -113,7 +114,7 @@ class TestIntegerShares:
     def test_of_equal_caps_the_heavier_never_gets_less(self, division: Any) -> None:
         total, weights, caps = division
         parts = sorted(zip(caps, weights, shares(total, weights, caps), strict=True))
-        for (cap, weight, share), (next_cap, heavier, next_share) in zip(parts, parts[1:], strict=False):
+        for (cap, weight, share), (next_cap, heavier, next_share) in pairwise(parts):
             assert cap != next_cap or weight == heavier or share <= next_share
 
     @given(divisions(), st.integers(0, 6), st.floats(1, 100))
@@ -152,7 +153,11 @@ class TestIntegerShares:
         assert shares(1000, [1, 0, 5], [3, 4, 5]) == [3, 4, 5]
 
     def test_rows_do_not_touch_each_other(self) -> None:
-        rows = [(10, [1.0, 2.0, 3.0], [9, 9, 9]), (7, [0.0, 0.0, 1.0], [4, 2, 1]), (0, [1.0, 1.0, 1.0], [1, 2, 3])]
+        rows = [
+            (10, [1.0, 2.0, 3.0], [9, 9, 9]),
+            (7, [0.0, 0.0, 1.0], [4, 2, 1]),
+            (0, [1.0, 1.0, 1.0], [1, 2, 3]),
+        ]
         totals, weights, caps = (torch.tensor(column) for column in zip(*rows, strict=True))
         together = integer_shares(totals, weights.double(), caps)
         assert together.tolist() == [shares(*row) for row in rows]
@@ -208,9 +213,7 @@ class TestAllocate:
         scores, num_real = image
         counts = allocation(budget.num_tokens(sum(num_real)), scores, num_real, alpha)
         sub_images = sorted(zip(num_real[1:], scores, counts[1:], strict=True))
-        for (real, score, count), (next_real, higher, next_count) in zip(
-            sub_images, sub_images[1:], strict=False
-        ):
+        for (real, score, count), (next_real, higher, next_count) in pairwise(sub_images):
             assert real != next_real or score == higher or count <= next_count
 
     @given(images(), alphas)
@@ -223,6 +226,10 @@ class TestAllocate:
     def test_content_in_the_right_half_alone_gets_all_sub_image_tokens(self) -> None:
         """The example that the published code answers with 72 for each."""
         assert allocation(576, [0, 1, 0, 1], [576] * 5, 0.5) == [288, 0, 144, 0, 144]
+
+    def test_the_full_images_share_is_rounded_down_but_never_below_an_integer_that_was_meant(self) -> None:
+        assert allocation(99, [1], [576, 576], 0.29) == [28, 71]
+        assert allocation(100, [1], [576, 576], 0.29) == [29, 71]  # 0.29 * 100 falls just below 29
 
     def test_alpha_zero_gives_the_full_image_only_what_sub_images_cannot_take(self) -> None:
         assert allocation(20, [1, 1], [16, 16, 16], 0.0) == [0, 10, 10]

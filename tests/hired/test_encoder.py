@@ -1,4 +1,4 @@
-"""The encoder against transformers' own tower, and HiRED against a reading of the paper that spares no loop."""
+"""The encoder against transformers' own tower, and HiRED against the paper read loop by loop."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hired.partitioning import partition
 from hired.policies import Candidates, Policy
 from hired.types import Grid, Partitions, Size, VisualTokens
 from tests.pictures import picture
-from tests.towers import IMAGE_MEAN, IMAGE_STD, encoder_of, tiling_of, tiny_tower
+from tests.towers import GRIDS, IMAGE_MEAN, IMAGE_STD, encoder_of, tiling_of, tiny_tower
 
 # Width and height: square, wide, tall, with padding and without, thin, tiny.
 SIZES = [(64, 64), (100, 60), (60, 100), (64, 32), (31, 47), (300, 33), (24, 200), (20, 18), (97, 41)]
@@ -154,11 +154,12 @@ class TestHired:
         ("heads", "side", "patch_size", "seed"),
         [(4, 32, 8, 0), (1, 32, 8, 1), (3, 30, 6, 2), (2, 28, 4, 3), (2, 33, 8, 4)],
     )
+    @pytest.mark.parametrize("grids", [GRIDS, ((3, 3),)])  # on 3 x 3, sub-images of padding alone are common
     def test_it_equals_eq_1_and_eq_2_read_naively(
-        self, heads: int, side: int, patch_size: int, seed: int
+        self, heads: int, side: int, patch_size: int, seed: int, grids: tuple[tuple[int, int], ...]
     ) -> None:
         tower = tiny_tower(heads=heads, side=side, patch_size=patch_size, seed=seed)
-        encoder, per_side = encoder_of(tower), side // patch_size
+        encoder, per_side = encoder_of(tower, grids=grids), side // patch_size
         images = [partition(picture(*size, noise=80), encoder.tiling) for size in SIZES]
         attentions = [whole(tower, image) for image in images]
         for budget in (
@@ -237,6 +238,12 @@ class TestBatches:
         for image, tokens in zip(images, together, strict=True):
             [alone] = encoder.encode([image], budget=Budget(rate=0.2), policy=policy)
             assert_same(tokens, alone)
+
+    def test_a_picture_thinner_than_a_patch_is_an_image_like_any_other(self, encoder: Encoder) -> None:
+        thin = [partition(picture(*size, noise=80), encoder.tiling) for size in [(900, 3), (2, 700), (1, 1)]]
+        for policy in ("hired", "hired-reference", "keep-all"):
+            results = encoder.encode(thin, budget=Budget(rate=0.5), policy=policy)
+            assert all(0 < len(tokens) <= tokens.num_before for tokens in results)
 
     def test_images_come_back_in_order(self, encoder: Encoder, images: list[Partitions]) -> None:
         results = encoder.encode(images, budget=Budget(rate=0.2))

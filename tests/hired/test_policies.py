@@ -168,6 +168,11 @@ class TestHiredReference:
         seen = candidates(HiredReference(), initial, noise(), budget=Budget(rate=0.2, alpha=0.75))
         assert counts(HiredReference(), seen) == [432, 144, 0, 0, 0]
 
+    def test_what_the_full_image_has_no_room_for_goes_to_the_sub_images(self) -> None:
+        initial = (torch.arange(PATCHES) % 2 == 0).float().expand(5, -1)  # as many in every band
+        seen = candidates(HiredReference(), initial, noise(), budget=Budget(rate=0.6))
+        assert counts(HiredReference(), seen) == [576, 288, 288, 288, 288]
+
     def test_what_limits_leave_over_is_lost(self) -> None:
         initial = (PATCHES - torch.arange(PATCHES)).float().expand(5, -1)
         seen = candidates(HiredReference(), initial, noise(), budget=Budget(rate=0.8, alpha=0.75))
@@ -179,7 +184,9 @@ class TestHiredReference:
         assert counts(HiredReference(), seen) == [6, 1, 1, 1, 1]
 
     def test_padding_is_chosen_and_lost(self) -> None:
-        seen = candidates(HiredReference(), looking_right(), noise(), original=PADDED, budget=Budget(rate=0.2))
+        seen = candidates(
+            HiredReference(), looking_right(), noise(), original=PADDED, budget=Budget(rate=0.2)
+        )
         assert int(seen.num_tokens) == 576  # of 2880, padding included
         full_image, *sub_images = counts(HiredReference(), seen)
         assert full_image == 288

@@ -49,9 +49,7 @@ def test_what_cls_attends_to_equals_the_eager_attention_maps(
     eager.set_attn_implementation("eager")
     maps = eager(pixels, output_attentions=True).attentions
     for layer in range(4):
-        torch.testing.assert_close(
-            from_cls[layer], maps[layer][:, :, 0, 1:].sum(1), atol=1e-6, rtol=1e-5
-        )
+        torch.testing.assert_close(from_cls[layer], maps[layer][:, :, 0, 1:].sum(1), atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -80,9 +78,7 @@ def test_hidden_states_are_counted_from_either_end(
 
 
 @pytest.mark.parametrize("hidden_state", [0, 5, -5])
-def test_hidden_states_that_no_layer_puts_out_are_refused(
-    module: CLIPVisionModel, hidden_state: int
-) -> None:
+def test_hidden_states_that_no_layer_puts_out_are_refused(module: CLIPVisionModel, hidden_state: int) -> None:
     with pytest.raises(ModelError, match="output of none"):
         Tower(module).layer_of(hidden_state)
 
@@ -94,7 +90,12 @@ def test_several_feature_layers_are_refused(module: CLIPVisionModel) -> None:
 
 def test_a_tower_without_a_cls_token_is_refused() -> None:
     config = SiglipVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, image_size=16, patch_size=8
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=16,
+        patch_size=8,
     )
     with pytest.raises(ModelError, match="SiglipVisionModel is no CLIP vision tower"):
         Tower(SiglipVisionModel(config))

@@ -1,0 +1,195 @@
+"""The whole job: every row of an input ends in exactly one table, and the exit code says how it went."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import caption_corpus as job
+from pipeline.config import Config
+from pipeline.sinks import CAPTIONS, DEAD_LETTERS
+from tests.pictures import picture, png_bomb, saved, turned
+from tests.pipeline.inputs import IMAGE_STRUCT, write_parquet, write_tar
+
+Rows = dict[str, dict[str, Any]]
+GIB = 2**30
+
+
+def run(source: Path | str, output: Path, *options: object) -> int:
+    return job.main([f"--input={source}", f"--output={output}", *map(str, options)])
+
+
+def tables(output: Path) -> tuple[Rows, Rows]:
+    """Captions and dead letters by key."""
+    captions, dead_letters = (
+        {row["key"]: row for row in pq.read_table(output / name).to_pylist()}
+        for name in ("captions", "dead_letters")
+    )
+    assert not captions.keys() & dead_letters.keys()
+    return captions, dead_letters
+
+
+def manifest(output: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((output / "manifest.json").read_text())
+    return read
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Images as files, in a parquet file and in a tar, good ones and broken ones."""
+    folder = tmp_path / "mixed"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "notes.txt").write_text("not an image")
+    (folder / "a.png").write_bytes(saved(picture(90, 60), "PNG"))
+    (folder / "deep" / "turned.jpg").write_bytes(turned(picture(90, 60), 6))
+    (folder / "broken.jpg").write_bytes(b"no image")
+    (folder / "gone.jpg").symlink_to("nowhere")
+    rows = [
+        {"key": "p-good", "image": {"bytes": saved(picture(50, 50), "WEBP"), "path": "x.webp"}},
+        {"key": "p-none", "image": None},
+    ]
+    write_parquet(folder / "some.parquet", rows, key=pa.string(), image=IMAGE_STRUCT)
+    members = {
+        "t-good.jpg": saved(picture(20, 200), "JPEG"),
+        "t-good.txt": b"!",
+        "t-bomb.png": png_bomb(60_000, 60_000),
+    }
+    write_tar(folder / "00000.tar", members)
+    return folder
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_rows_of_every_format_end_in_exactly_one_table(
+    mixed: Path, tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    options = ["--model", checkpoint, "--max-new-tokens", 5, "--token-budget", 0.4, "--prompt", "What is it?"]
+    assert run(mixed, output, *options) == 0
+
+    printed = capsys.readouterr().out
+    assert "8 rows: 4 captions, 4 dead letters" in printed
+    assert f"{output}/captions" in printed
+    assert len(printed.splitlines()) < 15, "stdout holds the summary alone"
+
+    captions, dead_letters = tables(output)
+    assert {key: (row["height"], row["width"]) for key, row in captions.items()} == {
+        "a.png": (60, 90),
+        "deep/turned.jpg": (60, 90),
+        "p-good": (50, 50),
+        "t-good": (200, 20),
+    }
+    assert {key: (row["stage"], row["error_type"]) for key, row in dead_letters.items()} == {
+        "broken.jpg": ("partition", "UnreadableImageError"),
+        "gone.jpg": ("read", "FileNotFoundError"),
+        "p-none": ("read", "UnreadableImageError"),
+        "t-bomb": ("partition", "ImageTooLargeError"),
+    }
+    assert pq.read_table(output / "captions").schema.equals(CAPTIONS)
+    assert pq.read_table(output / "dead_letters").schema.equals(DEAD_LETTERS)
+
+    record = manifest(output)
+    for row in captions.values():
+        assert (row["model"], row["policy"], row["prompt"]) == (str(checkpoint), "hired", "What is it?")
+        assert row["run_id"] == record["run_id"]
+        assert 1 <= row["completion_tokens"] <= 5
+        assert row["visual_tokens_kept"] < row["visual_tokens_full"]
+        assert row["visual_tokens_kept"] < row["prompt_tokens"]
+        assert row["finish_reason"] in ("stop", "length")
+    assert record["counts"]["rows"] == 8
+    assert record["tokens"]["visual_kept"] == sum(row["visual_tokens_kept"] for row in captions.values())
+    assert record["configuration"]["token_budget"] == 0.4
+    assert record["configuration"]["encode"]["num_cpus"] == 0.5, "the manifest tells what was settled"
+    assert len(record["model"]["sha256"]) == 64
+    assert record["versions"]["ray"]
+    assert list(record["stages"]) == ["read", "partition", "encode", "generate"]
+    assert all(stage["rows"] == 8 and stage["busy_s"] > 0 for stage in record["stages"].values())
+
+    assert run(mixed, output, *options) == 2, "a second run must not touch the first"
+    assert "already holds a run" in capsys.readouterr().err
+    assert tables(output) == (captions, dead_letters)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_hostile_files_neither_stop_the_job_nor_take_its_memory(
+    corpus: Path, tmp_path: Path, checkpoint: Path
+) -> None:
+    output = tmp_path / "out"
+    assert run(corpus / "hostile", output, "--model", checkpoint, "--max-new-tokens", 2) == 0
+    captions, dead_letters = tables(output)
+    assert captions.keys() | dead_letters.keys() == {file.name for file in (corpus / "hostile").iterdir()}
+    for bomb in ("giant-image.jpg", "65536-uint32-limit.png"):
+        assert dead_letters[bomb]["error_type"] == "ImageTooLargeError"
+    for broken in ("empty.jpg", "not-an-image.png", "truncated.jpg", "truncated.png", "corrupt-header.jpg"):
+        assert dead_letters[broken]["error_type"] == "UnreadableImageError"
+    assert not any(row["retryable"] for row in dead_letters.values())
+    for number in range(9):
+        landscape, portrait = (captions[f"exif-{name}_{number}.jpg"] for name in ("Landscape", "Portrait"))
+        assert landscape["width"] > landscape["height"]
+        assert portrait["width"] < portrait["height"]
+    peaks = {stage: cost["peak_rss_bytes"] for stage, cost in manifest(output)["stages"].items()}
+    assert all(50 * 2**20 < peak < 2 * GIB for peak in peaks.values()), peaks
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_photos_and_documents_run_to_the_end(corpus: Path, tmp_path: Path, checkpoint: Path) -> None:
+    output = tmp_path / "out"
+    assert run(f"{corpus}/[dp]*/*", output, "--model", checkpoint, "--max-new-tokens", 2) == 0
+    captions, dead_letters = tables(output)
+    images = [file for name in ("documents", "photos") for file in (corpus / name).iterdir()]
+    keys = {f"{file.parent.name}/{file.name}" for file in images if file.suffix in (".jpg", ".png")}
+    assert (captions.keys(), dead_letters) == (keys, {})
+
+
+def test_a_row_that_was_lost_is_no_success(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def crash(config: Config) -> None:
+        raise RuntimeError(f"rows of {config.input} were lost")
+
+    monkeypatch.setattr(job, "caption_corpus", crash)
+    assert run("in", tmp_path / "out") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--input", "absent"], "no such file or folder"),
+        (["--token-bugdet", "0.2"], "did you mean --token-budget?"),
+        (["--token-budget", "1"], "write 1.0 to keep all"),
+        (["--policy", "keep-some"], "keep-all"),
+        (["--model", "no/such/model"], "no/such/model"),
+        (["--output", "holds-a-run"], "name another folder"),
+        (["--config", "absent.yaml"], "absent.yaml"),
+    ],
+)
+def test_a_configuration_error_is_one_message_with_its_mend(
+    options: list[str],
+    said: str,
+    tmp_path: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(saved(picture(), "PNG"))
+    (tmp_path / "holds-a-run" / "captions").mkdir(parents=True)
+    before = sorted(os.walk(tmp_path))
+    given = ["--input", "in", "--output", "out", "--model", str(checkpoint)]
+    assert job.main([*given, *options]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert printed.err.startswith("configuration error: ")
+    assert len(printed.err.splitlines()) == 1
+    assert printed.out == ""
+    assert sorted(os.walk(tmp_path)) == before, "nothing was written"
