@@ -193,10 +193,12 @@ class Score:
         self._right: dict[str, float] = {}
 
     def add(self, logits: torch.Tensor, sequences: Sequences) -> None:
-        targets = sequences.targets[sequences.targets != IGNORED].to(logits.device)
-        self.loss = F.cross_entropy(logits.float(), targets)
+        learned = sequences.targets != IGNORED
+        targets, weights = (of[learned].to(logits.device) for of in (sequences.targets, sequences.weights))
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        self.loss = (losses * weights).sum() / weights.sum()
         right = torch.zeros(sequences.targets.shape, dtype=torch.bool)
-        right[sequences.targets != IGNORED] = (logits.argmax(-1) == targets).cpu()
+        right[learned] = (logits.argmax(-1) == targets).cpu()
         by_task: dict[str, list[bool]] = defaultdict(list)
         for row, answer, task in sequences.answers:
             by_task[task].append(bool(right[row, answer].all()))

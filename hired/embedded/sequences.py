@@ -22,7 +22,9 @@ IGNORED = -100
 TILING = Tiling(painter.SIDE, supervision.PATCH, painter.PINPOINTS)
 
 # Reading is the hardest and the point; long descriptions would drown the rest.
-_WEIGHTS = {"describe": 0.5, "read": 3.0, "read-place": 2.0, "count": 0.5, "yes-no": 2.0, "place": 0.7}
+_WEIGHTS = {"read": 4.0, "read-place": 1.5, "chart": 3.0, "describe": 0.3, "count": 0.5, "place": 0.7}
+# An answer's first token is the one that shows whether the right thing was found.
+_FIRST_TOKEN_WEIGHT = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +125,13 @@ def _dropped(picture: Picture, real: torch.Tensor, rng: random.Random, room: int
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """A batch laid out to one length: ``ids`` int64 [b, length] (0 where a visual token goes), ``targets``,
-    ``positions``, ``visual`` alike, ``mask`` bool [b, length, length], and where each answer stands."""
+    """A batch laid out to one length: ``ids`` int64 [b, length] (0 where a visual token goes), ``targets``, their
+    ``weights``, ``positions``, ``visual`` alike, ``mask`` bool [b, length, length], and where each answer stands.
+    """
 
     ids: torch.Tensor
     targets: torch.Tensor
+    weights: torch.Tensor
     positions: torch.Tensor
     visual: torch.Tensor
     mask: torch.Tensor
@@ -143,6 +147,7 @@ def lay_out(examples: Sequence[Example], prefix: Sequence[int], length: int, *, 
     b, p = len(examples), len(prefix)
     ids, positions = torch.zeros(2, b, length, dtype=torch.int64)
     targets = torch.full((b, length), IGNORED)
+    weights = torch.ones(b, length)
     visual = torch.zeros(b, length, dtype=torch.bool)
     segment = torch.full((b, length), -1)
     answers = []
@@ -158,13 +163,14 @@ def lay_out(examples: Sequence[Example], prefix: Sequence[int], length: int, *, 
             whole, answer = slice(at, at + len(text.ids)), slice(at + text.num_question, at + len(text.ids))
             ids[row, whole] = torch.tensor(text.ids)
             targets[row, answer] = ids[row, answer]
+            weights[row, answer.start] = _FIRST_TOKEN_WEIGHT
             positions[row, whole] = question_start + torch.arange(len(text.ids))
             segment[row, whole] = number
             answers.append((row, answer, text.task))
             at = whole.stop
     shared = (segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0)
     mask = shared & torch.ones(length, length, dtype=torch.bool).tril()
-    return Sequences(ids, targets, positions, visual, mask, answers)
+    return Sequences(ids, targets, weights, positions, visual, mask, answers)
 
 
 def with_newlines(examples: Sequence[Example], features: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
