@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 
 from hired.errors import ConfigurationError
@@ -36,3 +39,16 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
 def resolve_handoff_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     """Features travel as float16, half the bytes; as float32 when the caller asks for float32 throughout."""
     return torch.float32 if dtype in (torch.float32, "float32") else torch.float16
+
+
+def describe_hardware(device: str | torch.device) -> str:
+    """The GPU, or the processor and the cores that this process may use, in words for a results file."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    features = "AMX" if any("amx_bf16" in line for line in lines) else ""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ", ".join(filter(None, [f"{cores} cores", *names[:1], features]))

@@ -1,6 +1,6 @@
-"""Paints a sample corpus: scenes in mixed formats, sizes and aspects, three broken files, and the true captions.
+"""Paints a sample corpus: scenes of mixed formats, sizes and aspects, three broken files, the true captions.
 
-    python jobs/paint_scenes.py --output examples/scenes --count 64
+python jobs/paint_scenes.py --output examples/scenes --count 64
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -20,7 +21,7 @@ from hired.embedded.questions import describe
 from hired.types import Size
 
 # suffix: how Pillow is to write it, and how often
-FORMATS: dict[str, tuple[dict[str, object], int]] = {
+FORMATS: dict[str, tuple[dict[str, Any], int]] = {
     ".jpg": ({"quality": 90, "subsampling": 0}, 8),
     ".webp": ({"quality": 90}, 4),
     ".png": ({"optimize": True}, 2),
@@ -64,7 +65,9 @@ def _broken_files(folder: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--seed", type=int, default=64)

@@ -21,6 +21,7 @@ import torch
 import transformers
 
 import hired
+from hired.devices import describe_hardware
 from hired.embedded import examination
 from hired.embedded.examination import Tally
 from hired.embedded.training import Plan, train
@@ -48,7 +49,7 @@ def main() -> int:
         "command": shlex.join(["python", "jobs/train_embedded.py", *sys.argv[1:]]),
         "seed": options.seed,
         "hours": round((time.monotonic() - start) / 3600, 2),
-        "hardware": hardware(options.device),
+        "hardware": describe_hardware(options.device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
         | {"transformers": transformers.__version__},
         **examine(options.output, options.held_out, options.seed),
@@ -82,34 +83,26 @@ def examine(folder: Path, num_scenes: int, seed: int) -> dict[str, Any]:
             "hired, a fifth of the tokens": _shares(fifth),
         },
         "cls_attention_against_ink_roc_auc": {
-            name: round(area, 3) for name, area in examination.attention_against_ink(vlm, scenes[:100]).items()
+            name: round(area, 3)
+            for name, area in examination.attention_against_ink(vlm, scenes[:100]).items()
         },
     }
 
 
-def hardware(device: str) -> str:
-    """The processor or GPU that ``device`` names, in words."""
-    if device.startswith("cuda"):
-        return str(torch.cuda.get_device_name(device))
-    cores = len(__import__("os").sched_getaffinity(0))
-    return f"{cores} cores, {_cpu_name()}"
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _shares(tallies: dict[str, Tally]) -> dict[str, Any]:
-    return {task: {"share": round(t.share, 4), "right": t.right, "of": t.total} for task, t in tallies.items()}
+    return {
+        task: {"share": round(t.share, 4), "right": t.right, "of": t.total} for task, t in tallies.items()
+    }
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--work", type=Path, default=Path("build/embedded-work"), help="folder of the stages' state")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/embedded-work"), help="folder of the stages' state"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each process")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Iterable, Mapping
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+
+from pipeline.costs import StageCost
 
 MANIFEST = "manifest.json"
 PACKAGES = ("hired", "torch", "transformers", "ray", "pyarrow", "pillow", "numpy")
@@ -48,30 +49,6 @@ class Tokens(Record):
     visual_kept: int
     prompt: int
     completion: int
-
-
-class StageCost(Record):
-    """Seconds that a stage's workers were busy, added up, and the peak memory of the largest of them."""
-
-    rows: int
-    busy_s: float
-    peak_rss_bytes: int
-
-    def __add__(self, other: StageCost) -> StageCost:
-        return StageCost(
-            rows=self.rows + other.rows,
-            busy_s=self.busy_s + other.busy_s,
-            peak_rss_bytes=max(self.peak_rss_bytes, other.peak_rss_bytes),
-        )
-
-
-def added(parts: Iterable[Mapping[str, StageCost]]) -> dict[str, StageCost]:
-    """The costs of each stage over all parts."""
-    whole: dict[str, StageCost] = {}
-    for part in parts:
-        for stage, cost in part.items():
-            whole[stage] = whole[stage] + cost if stage in whole else cost
-    return whole
 
 
 class Manifest(Record):

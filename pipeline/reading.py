@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from hired.errors import ImageTooLargeError, UnreadableImageError
 from pipeline.columns import Batch, Failure, of_images
 from pipeline.config import Config
+from pipeline.costs import metered
 from pipeline.sources import Item, to_items
-from pipeline.stages import metered
 
 # A call hands on its rows in parts, so that a block of large files is never in memory as a whole.
 ROWS_PER_PART = 16

@@ -39,7 +39,7 @@ def caption_corpus(config: Config) -> Manifest:
     checkpoint = check_model(config)
     inventory = take_inventory(config.input, config.image_column)
     log.info("%d rows in %s", len(inventory), config.input)
-    cluster = connect()
+    cluster = connect(config.autoscaling)
     config = settle(config, cluster)
     prepare_output(config.output)
 
@@ -87,8 +87,11 @@ def check_model(config: Config) -> Path:
     return checkpoint
 
 
-def connect() -> Cluster:
-    """Join the cluster that RAY_ADDRESS names, else start one on this machine alone."""
+def connect(autoscaling: bool) -> Cluster:
+    """Join the cluster that RAY_ADDRESS names, else start one on this machine alone.
+
+    A cluster that grows may be empty still; its nodes will have whole CPUs to give.
+    """
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS", "local")
         local = {"include_dashboard": False} if address == "local" else {}
@@ -99,4 +102,5 @@ def connect() -> Cluster:
     context.enable_rich_progress_bars, context.use_ray_tqdm = True, False  # drawn on stderr
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
     resources = ray.cluster_resources()
-    return Cluster(num_cpus=resources.get("CPU", 0), num_gpus=resources.get("GPU", 0))
+    num_cpus = max(resources.get("CPU", 0), 4 if autoscaling else 0)
+    return Cluster(num_cpus=num_cpus, num_gpus=resources.get("GPU", 0))

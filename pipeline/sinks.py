@@ -19,8 +19,8 @@ from ray.data.block import BlockAccessor
 
 from hired.errors import ConfigurationError
 from pipeline.config import Config
-from pipeline.manifest import MANIFEST, StageCost, added
-from pipeline.stages import PEAK_RSS, SECONDS
+from pipeline.costs import StageCost, added, stage_costs
+from pipeline.manifest import MANIFEST
 
 
 def _schema(**columns: pa.DataType) -> pa.Schema:
@@ -135,16 +135,3 @@ def write_table(table: pa.Table, file: Path) -> None:
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     pq.write_table(table, aside, compression="zstd")
     os.replace(aside, file)
-
-
-def stage_costs(rows: pa.Table) -> dict[str, StageCost]:
-    """What each stage took for these rows, by the columns it left in them."""
-    stages = [name.removesuffix(SECONDS) for name in rows.column_names if name.endswith(SECONDS)]
-    return {
-        stage: StageCost(
-            rows=rows.num_rows,
-            busy_s=pc.sum(rows[stage + SECONDS]).as_py(),
-            peak_rss_bytes=pc.max(rows[stage + PEAK_RSS]).as_py(),
-        )
-        for stage in stages
-    }

@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import numpy as np
 import torch
 import transformers
 
@@ -39,13 +36,12 @@ from pipeline.columns import (
     to_tokens,
 )
 from pipeline.config import Config, Pool
+from pipeline.costs import PEAK_RSS, SECONDS, metered
 
 log = logging.getLogger(__name__)
 
 Before = TypeVar("Before")
 After = TypeVar("After")
-
-SECONDS, PEAK_RSS = "_s", "_peak_rss_bytes"
 
 
 class PartitionStage:
@@ -159,21 +155,6 @@ def labels(batch: Batch) -> Batch:
     return {
         name: batch[name] for name in batch if name in ("key", "path") or name.endswith((SECONDS, PEAK_RSS))
     }
-
-
-def metered(stage: str, num_rows: int, started_s: float) -> Batch:
-    """What the call cost: seconds shared out over its rows, and the process's peak resident memory so far."""
-    seconds = (time.perf_counter() - started_s) / num_rows
-    return {
-        stage + SECONDS: np.full(num_rows, seconds, np.float64),
-        stage + PEAK_RSS: np.full(num_rows, peak_rss_bytes(), np.int64),
-    }
-
-
-def peak_rss_bytes() -> int:
-    """The most memory this process ever had resident, shared pages of the object store included."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def prepare_worker(pool: Pool) -> None:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from tests.pictures import write_corpus
@@ -36,3 +37,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generated = tmp_path_factory.mktemp("corpus")
     write_corpus(generated)
     return generated
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In CI a skipped test is a failure, unless it is for want of a GPU."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    lost = [report.nodeid for report in skipped if "gpu" not in report.keywords]
+    if os.environ.get("CI") and lost:
+        reporter.write_line(f"\nskipped in CI, which counts as failed: {', '.join(lost)}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

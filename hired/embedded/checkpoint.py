@@ -66,11 +66,13 @@ def configuration(tokenizer: Any) -> LlavaNextConfig:
 def new_model(tokenizer: Any, *, seed: int) -> LlavaNextForConditionalGeneration:
     """Random weights. Attention is eager, whose backward pass is the faster one on CPUs."""
     torch.manual_seed(seed)
-    return LlavaNextForConditionalGeneration._from_config(configuration(tokenizer), attn_implementation="eager")
+    return LlavaNextForConditionalGeneration._from_config(
+        configuration(tokenizer), attn_implementation="eager"
+    )
 
 
 def save(model: LlavaNextForConditionalGeneration, tokenizer: Any, folder: Path) -> None:
-    """Model (float16 safetensors), tokenizer, processor and generation settings, as ``save_pretrained`` writes."""
+    """Model in float16, tokenizer, processor and generation settings, as ``save_pretrained`` writes them."""
     shipped = copy.deepcopy(model).half()
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     shipped.generation_config = GenerationConfig(**ids)

@@ -74,9 +74,13 @@ def examine(
             if tasks is None or question.task in tasks
         ]
         for batch in _chunks(asked, 32):
-            answers = vlm.generate([t for t, _ in batch], [q.text for _, q in batch], max_new_tokens=MAX_NEW_TOKENS)
+            answers = vlm.generate(
+                [t for t, _ in batch], [q.text for _, q in batch], max_new_tokens=MAX_NEW_TOKENS
+            )
             for (_, question), answer in zip(batch, answers, strict=True):
-                tallies[question.task] = tallies[question.task].with_answer(answer.text.strip() == question.answer)
+                tallies[question.task] = tallies[question.task].with_answer(
+                    answer.text.strip() == question.answer
+                )
     return dict(sorted(tallies.items()))
 
 
@@ -89,10 +93,10 @@ def full_image_only(tokens: VisualTokens) -> VisualTokens:
 
 
 def attention_against_ink(vlm: VLM, scenes: Sequence[painter.Scene]) -> dict[str, float]:
-    """Area under the ROC curve of head-summed CLS attention against the patches that show a thing.
+    """Area under the ROC curve of CLS attention, summed over heads, against the patches that show a thing.
 
-    By layer, for full-images and sub-images apart: the mean over the partitions that hold both kinds of patch,
-    padding left out. 0.5 is chance.
+    By layer, for full-images and sub-images apart: the mean over the partitions that hold both kinds of
+    patch, padding left out. 0.5 is chance.
     """
     layers = range(vlm.encoder.feature_layer + 1)
     areas: dict[str, list[float]] = defaultdict(list)

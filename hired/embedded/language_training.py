@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from hired.embedded import painter, supervision
@@ -93,7 +93,7 @@ class Trainer:
         for step, done in elapsed(minutes):
             examples = self._compose(next(labelled), full=False)
             score.add(*self._answer(examples, self.truth(examples, unsure=0.07), LENGTH))
-            score.loss.backward()
+            torch.autograd.backward(score.loss)
             optimiser.step(done)
             self._log_and_save("truth", step, score)
 
@@ -106,15 +106,17 @@ class Trainer:
             examples = self._compose(next(seen), full=False)
             with torch.no_grad():
                 wanted = self.truth(examples)
-            loss = F.mse_loss(projector(_features(examples, self.device)), wanted) / wanted.var()
-            loss.backward()
+            loss = functional.mse_loss(projector(_features(examples, self.device)), wanted) / wanted.var()
+            torch.autograd.backward(loss)
             optimiser.step(done)
             if step % 50 == 0:
                 log.info("projector step %d, unexplained %.3f", step, loss)
 
     def learn_from_tower(self, minutes: float, *, full_from: float = 0.5) -> None:
-        """The language model and the projector on the tower's features; from a share ``full_from`` of the time
-        on, every third batch keeps all tokens."""
+        """The language model and the projector on the tower's features.
+
+        From a share ``full_from`` of the time on, every third batch keeps all tokens.
+        """
         model = self.model
         taught = [model.model.language_model, model.lm_head, _Newline(model)]
         optimiser = Optimiser([*taught, _Named("projector", model.model.multi_modal_projector)], peak=1e-3)
@@ -127,7 +129,7 @@ class Trainer:
             features = model.model.multi_modal_projector(_features(examples, self.device))
             tally = full_score if full else score
             tally.add(*self._answer(examples, features, FULL_LENGTH if full else LENGTH))
-            tally.loss.backward()
+            torch.autograd.backward(tally.loss)
             optimiser.step(done)
             self._log_and_save("tower", step, score)
             if full and step % 150 == 0:
@@ -146,12 +148,12 @@ class Trainer:
         remembered: deque[Picture] = deque(maxlen=memory)
         while True:
             pictures = next(drawn)
-            pixels = [torch.from_numpy(p.pixels) for p in pictures]  # type: ignore[arg-type]
+            pixels = [torch.from_numpy(p.pixels) for p in pictures]
             counts = [len(p) for p in pixels]
             with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
-                padded = F.pad(torch.cat(pixels), (0, 0, 0, 0, 0, 0, 0, 5 * new - sum(counts)))
+                padded = functional.pad(torch.cat(pixels), (0, 0, 0, 0, 0, 0, 0, 5 * new - sum(counts)))
                 hidden = self._see(self.model.model.vision_tower, normalise(padded.to(self.device)))
-            features = hidden[: sum(counts), 1:].half().cpu().split(counts)
+            features = torch.split(hidden[: sum(counts), 1:].half().cpu(), counts)
             fresh = [picture.seen(feature) for picture, feature in zip(pictures, features, strict=True)]
             remembered.extend(fresh)
             yield [*fresh, *self.rng.choices(remembered, k=BATCH - new)]
@@ -195,7 +197,7 @@ class Score:
     def add(self, logits: torch.Tensor, sequences: Sequences) -> None:
         learned = sequences.targets != IGNORED
         targets, weights = (of[learned].to(logits.device) for of in (sequences.targets, sequences.weights))
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        losses = functional.cross_entropy(logits.float(), targets, reduction="none")
         self.loss = (losses * weights).sum() / weights.sum()
         right = torch.zeros(sequences.targets.shape, dtype=torch.bool)
         right[learned] = (logits.argmax(-1) == targets).cpu()

@@ -39,11 +39,12 @@ class Optimiser:
 
 def _split(modules: Sequence[nn.Module]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The matrices between hidden layers, and embeddings, heads, norms and biases."""
-    hidden, rest = [], []
+    hidden: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for module in modules:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                inner = parameter.ndim == 2 and (".layers." in name or "projector" in name)
+                inner = parameter.ndim == 2 and ("layers." in name or "projector" in name)
                 (hidden if inner else rest).append(parameter)
     return hidden, rest
 

@@ -61,11 +61,20 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A picture, its pixel labels (int32, the picture's shape) and its things in reading order."""
+    """A picture, its pixel labels (int32, the picture's shape) and its things in reading order.
 
-    image: Image.Image | None
+    ``picture`` is None where only labels were asked for.
+    """
+
+    picture: Image.Image | None
     labels: NDArray[np.int32]
     things: tuple[Thing, ...]
+
+    @property
+    def image(self) -> Image.Image:
+        if self.picture is None:
+            raise ValueError("this scene was made of labels alone; paint it with Brush to have a picture")
+        return self.picture
 
     def of_kind(self, kind: str) -> list[Thing]:
         return [thing for thing in self.things if thing.kind == kind]
@@ -208,7 +217,7 @@ def paint(
 
 
 def random_size(rng: random.Random) -> Size:
-    """A picture size near one of the canvases: some exact, some that need padding, some that need resizing."""
+    """A picture size near a canvas's: some the same, some that need padding, some that need resizing."""
     canvas = rng.choices(PINPOINTS, (5, 2, 2, 1, 1))[0]
     if rng.random() < 0.4:
         return canvas
@@ -251,8 +260,8 @@ class _Layout:
         if left < gap or top < gap or right > self.size.width - gap or bottom > self.size.height - gap:
             return False
         if any(
-            l < right + gap and left < r + gap and t < bottom + gap and top < b + gap
-            for l, t, r, b in self.taken
+            box[0] < right + gap and left < box[2] + gap and box[1] < bottom + gap and top < box[3] + gap
+            for box in self.taken
         ):
             return False
         cut = any(left < x < right for x in self.seams_x) or any(top < y < bottom for y in self.seams_y)

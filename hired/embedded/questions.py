@@ -11,7 +11,9 @@ from typing import Literal
 from hired.embedded.lexicon import COLOURS, SHAPES
 from hired.embedded.painter import Scene, Thing
 
-Task = Literal["describe", "read", "read-place", "place", "colour", "shape", "yes-no", "count", "chart"]
+Task = Literal[
+    "describe", "read", "read-place", "place", "colour", "shape", "yes-no", "count", "chart", "echo"
+]
 
 
 @dataclass(frozen=True, slots=True)

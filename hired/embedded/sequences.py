@@ -1,4 +1,4 @@
-"""Training sequences: one image's visual tokens, then questions that each see the image and not each other."""
+"""Training sequences: an image's visual tokens, then questions that see the image and not each other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset
 
 from hired.embedded import painter, supervision
-from hired.embedded.questions import ask
+from hired.embedded.questions import Question, ask
 from hired.geometry import Tiling, real_patches
 from hired.packing import NEWLINE, Layout, layout
 from hired.types import Size, VisualTokens
@@ -22,7 +22,15 @@ IGNORED = -100
 TILING = Tiling(painter.SIDE, supervision.PATCH, painter.PINPOINTS)
 
 # Reading is the hardest and the point; long descriptions would drown the rest.
-_WEIGHTS = {"read": 4.0, "read-place": 1.5, "chart": 3.0, "describe": 0.3, "count": 0.5, "place": 0.7}
+_WEIGHTS = {
+    "echo": 5.0,
+    "read": 4.0,
+    "read-place": 1.5,
+    "chart": 3.0,
+    "describe": 0.3,
+    "count": 0.5,
+    "place": 0.7,
+}
 # An answer's first token is the one that shows whether the right thing was found.
 _FIRST_TOKEN_WEIGHT = 3.0
 
@@ -71,14 +79,24 @@ class Pictures(IterableDataset[list[Picture]]):
         size = painter.random_size(rng)
         scene = painter.paint(rng, size, brush_type=painter.Brush if self.drawn else painter.LabelBrush)
         whats, tints = supervision.patch_counts(supervision.cut_labels(scene.labels))
-        texts = [self._text(q.task, q.text, q.answer) for q in ask(scene, rng)]
-        pixels = None if scene.image is None else supervision.cut_pixels(scene.image)
+        texts = [self._text(q.task, q.text, q.answer) for q in (*ask(scene, rng), *_echoes(scene))]
+        pixels = supervision.cut_pixels(scene.image) if self.drawn else None
         return Picture(size, whats, tints, texts, pixels)
 
     def _text(self, task: str, question: str, answer: str) -> Text:
         asked = self.tokenizer.encode(f"\n{question}<|assistant|>", add_special_tokens=False)
         said = self.tokenizer.encode(answer, add_special_tokens=False)
         return Text(task, [*asked, *said, self.tokenizer.eos_token_id], len(asked))
+
+
+def _echoes(scene: painter.Scene) -> Iterator[Question]:
+    """Reading with the colour said first, for training alone.
+
+    Without it, choosing a sign by its colour takes two steps that are each useless without the other: carry
+    the colour from the question to the answer, and look for print on that colour. Here the first is given.
+    """
+    for thing in (*scene.of_kind("sign"), *scene.of_kind("bar")):
+        yield Question("echo", f"Read the {thing.colour} {thing.kind}.", f"{thing.colour} {thing.text}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +121,8 @@ def compose(picture: Picture, rng: random.Random, *, length: int, num_texts: int
     partition, patch = kept.nonzero(as_tuple=True)
     tokens = VisualTokens(torch.empty(len(patch), 0), partition, patch, grid, picture.size, int(real.sum()))
     packed = layout(tokens, TILING.patches_per_side)
-    texts, room = [], length - len(packed) - 2
+    texts: list[Text] = []
+    room = length - len(packed) - 2
     for text in sorted(
         picture.texts, key=lambda t: rng.random() ** (1 / _WEIGHTS.get(t.task, 1.0)), reverse=True
     ):
@@ -125,8 +144,10 @@ def _dropped(picture: Picture, real: torch.Tensor, rng: random.Random, room: int
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """A batch laid out to one length: ``ids`` int64 [b, length] (0 where a visual token goes), ``targets``, their
-    ``weights``, ``positions``, ``visual`` alike, ``mask`` bool [b, length, length], and where each answer stands.
+    """A batch laid out to one length.
+
+    ``ids`` int64 [b, length], 0 where a visual token goes; ``targets``, their ``weights``, ``positions`` and
+    bool ``visual`` alike; ``mask`` bool [b, length, length]; the row, place and task of each answer.
     """
 
     ids: torch.Tensor

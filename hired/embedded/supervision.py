@@ -27,7 +27,8 @@ VISIBLE = 5  # of a patch's 64 looked-at pixels
 @dataclass(frozen=True, slots=True)
 class Targets:
     """``what`` float32 [n, patches, NUM_WHATS], each row a distribution; ``tint`` int64 [n, patches];
-    ``weight`` float32 [n, patches]; ``presence`` float32 [n, NUM_PRESENCES]."""
+    ``weight`` float32 [n, patches]; ``presence`` float32 [n, NUM_PRESENCES].
+    """
 
     what: torch.Tensor
     tint: torch.Tensor
@@ -37,7 +38,8 @@ class Targets:
 
 def cut_labels(labels: NDArray[np.int32]) -> NDArray[np.int32]:
     """The labels of a scene's partitions, full-image first: [k + 1, side, side]. As ``hired.partitioning``
-    cuts pixels, but no label is ever a mixture of two."""
+    cuts pixels, but no label is ever a mixture of two.
+    """
     side = painter.SIDE
     size = Size(*labels.shape)
     canvas = best_canvas(size, painter.PINPOINTS)
@@ -77,12 +79,14 @@ def patch_counts(labels: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[
 def ink(labels: NDArray[np.int32]) -> NDArray[np.bool_]:
     """Which patches show a thing: [n, patches]."""
     whats, _ = patch_counts(labels)
-    return whats[..., 1:].sum(-1) >= VISIBLE
+    shown: NDArray[np.bool_] = whats[..., 1:].sum(-1) >= VISIBLE
+    return shown
 
 
 def targets(labels: NDArray[np.int32], whole: NDArray[np.bool_]) -> Targets:
     """What each patch shows and each partition holds. ``whole`` [n] marks full-images: their print is too
-    small to read, so it weighs little."""
+    small to read, so it weighs little.
+    """
     whats, tints = patch_counts(labels)
     visible = np.where(whats >= VISIBLE, whats, 0).astype(np.float32)
     things = visible.copy()
@@ -111,8 +115,8 @@ def _presence(labels: NDArray[np.int32]) -> NDArray[np.float32]:
     """Which coloured shapes, glyphs and sign colours a partition holds: [n, NUM_PRESENCES]."""
     out = np.zeros((len(labels), NUM_PRESENCES), np.float32)
     colours, glyphs = len(COLOURS), len(GLYPHS)
-    for row, partition in zip(out, labels, strict=True):
-        counts = np.bincount(partition[::_STRIDE, ::_STRIDE].ravel())
+    for row, one in zip(out, labels, strict=True):
+        counts = np.bincount(one[::_STRIDE, ::_STRIDE].ravel())
         for label in np.flatnonzero(counts >= 2 * VISIBLE):
             what, tint = divmod(int(label), painter.NUM_TINTS)
             if what >= painter.FIRST_GLYPH:
@@ -125,7 +129,7 @@ def _presence(labels: NDArray[np.int32]) -> NDArray[np.float32]:
 
 
 def sheet(rng: random.Random) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """One partition packed with signs and shapes: ten times the glyphs of a scene's. [side, side, 3], [side, side]"""
+    """A partition packed with signs and shapes, ten times a scene's, and its labels [side, side]."""
     side = painter.SIDE
     brush = painter.Brush(Size(side, side), rng.getrandbits(48))
     y = rng.uniform(0, 12)

@@ -27,8 +27,9 @@ def _phrases() -> list[str]:
     things = [*SHAPES, "sign", "bar", "bars", "chart", *(f"{s}s" for s in SHAPES), "crosses", "signs"]
     places = [f" at {row} {col}" for row, col in itertools.product(ROWS, COLS)]
     return [
-        "Describe the image.", "What does the sign say?", "What color is the shape?", "Which shape is", "Is there a",
-        "What is at", "How many are there?", "What is the value of the bar?", "yes", "no", "a", " a", " saying", " of",
+        "Describe the image.", "What does the sign say?", "What color is the shape?", "Which shape is",
+        "Is there a", "What is at", "How many are there?", "What is the value of the bar?",
+        "yes", "no", "a", " a", " saying", " of",
         *(f" {thing}" for thing in things), *SHAPES, *(f" {c}" for c in COLOURS), *COLOURS, *places,
     ]  # fmt: skip
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
 
 from hired.embedded import painter, supervision
@@ -90,9 +90,9 @@ def tower_loss(
     hidden = hidden.float()
     patches, cls = hidden[:, 1:], hidden[:, 0]
     weight = targets.weight / targets.weight.sum()
-    what = -(targets.what * F.log_softmax(heads.what(patches), -1)).sum(-1)
-    tint = F.cross_entropy(heads.tint(patches).transpose(1, 2), targets.tint, reduction="none")
-    presence = F.binary_cross_entropy_with_logits(heads.presence(cls), targets.presence)
+    what = -(targets.what * functional.log_softmax(heads.what(patches), -1)).sum(-1)
+    tint = functional.cross_entropy(heads.tint(patches).transpose(1, 2), targets.tint, reduction="none")
+    presence = functional.binary_cross_entropy_with_logits(heads.presence(cls), targets.presence)
     return ((what + 0.5 * tint) * weight).sum(), presence
 
 
@@ -133,7 +133,7 @@ def train_tower(
         with torch.autocast(device.type, torch.bfloat16):
             hidden = forward(tower, normalise(batch.pixels.to(device)))
         patch_loss, cls_loss = tower_loss(heads, hidden, targets)
-        (patch_loss + 5 * cls_loss).backward()
+        torch.autograd.backward(patch_loss + 5 * cls_loss)
         optimiser.step(done)
         if step % 100 == 0:
             glyphs, tints = accuracy(heads, hidden, targets)

@@ -77,7 +77,9 @@ def tower_stage(plan: Plan) -> None:
     def save(heads: Heads) -> None:
         torch.save({"tower": tower.state_dict(), "heads": heads.state_dict()}, draft)
 
-    train_tower(tower, minutes=plan.tower_minutes, seed=plan.seed, device=torch.device(plan.device), save=save)
+    train_tower(
+        tower, minutes=plan.tower_minutes, seed=plan.seed, device=torch.device(plan.device), save=save
+    )
     draft.rename(plan.tower_file)
 
 
@@ -103,7 +105,9 @@ def join_stage(plan: Plan) -> None:
     tokenizer = build_tokenizer()
     model = checkpoint.new_model(tokenizer, seed=plan.seed).to(plan.device)
     draft = plan.joined_file.with_suffix(".draft")
-    trainer = Trainer(model, tokenizer, seed=plan.seed + 1, save=lambda: torch.save(model.state_dict(), draft))
+    trainer = Trainer(
+        model, tokenizer, seed=plan.seed + 1, save=lambda: torch.save(model.state_dict(), draft)
+    )
     truth = torch.load(plan.truth_file, map_location=plan.device)
     model.load_state_dict(truth["model"])
     trainer.truth.load_state_dict(truth["truth"])

@@ -1,4 +1,4 @@
-"""``ray job submit --working-dir . -- python jobs/caption_corpus.py``, against a head that the test starts."""
+"""``ray job submit --working-dir . -- python jobs/caption_corpus.py`` against a head of the test's own."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.manifest import Counts, Manifest, Model, StageCost, Tokens, fingerprint, read_manifest, versions
+from pipeline.costs import StageCost
+from pipeline.manifest import Counts, Manifest, Model, Tokens, fingerprint, read_manifest, versions
 from pipeline.report import AccountingError, account, summary, table, write_report
 from pipeline.sinks import CAPTIONS, DEAD_LETTERS, fill_up, prepare_output, write_table
 from tests.pipeline.inputs import config

@@ -15,9 +15,8 @@ from hired.errors import ConfigurationError
 from hired.types import Caption
 from pipeline import columns, sinks
 from pipeline.columns import Failure
-from pipeline.manifest import StageCost
+from pipeline.costs import StageCost, metered
 from pipeline.sinks import CAPTIONS, DEAD_LETTERS, CaptionSink, fill_up, prepare_output
-from pipeline.stages import metered
 from tests.pipeline.inputs import config
 
 CAPTION = Caption("a sign", (4, 5, 6), "stop", 30, 20, 9)

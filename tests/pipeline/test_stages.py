@@ -15,7 +15,8 @@ from hired.errors import ConfigurationError, GenerationError, ModelError
 from hired.types import VisualTokens
 from pipeline import columns
 from pipeline.columns import Batch, Failure
-from pipeline.stages import EncodeStage, GenerateStage, PartitionStage, attempt, peak_rss_bytes
+from pipeline.costs import peak_rss_bytes
+from pipeline.stages import EncodeStage, GenerateStage, PartitionStage, attempt
 from tests.pictures import picture, png_bomb, saved
 from tests.pipeline.inputs import config
 from tests.tiny import tiny_llava_next

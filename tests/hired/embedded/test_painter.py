@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from hired.embedded import painter, supervision
-from hired.embedded.lexicon import COLOURS, GLYPHS, MAX_GLYPHS, SEEN_WORDS, SHAPES, UNSEEN_WORDS, held_out_text
+from hired.embedded.lexicon import (
+    COLOURS,
+    GLYPHS,
+    MAX_GLYPHS,
+    SEEN_WORDS,
+    SHAPES,
+    UNSEEN_WORDS,
+    held_out_text,
+)
 from hired.geometry import best_canvas, fit
 from hired.types import Size
 

@@ -51,7 +51,9 @@ def test_yes_means_there_and_no_means_not_there() -> None:
 
 def test_reading_names_a_sign_by_a_colour_or_place_that_no_other_sign_has() -> None:
     for scene, question in asked("read") + asked("read-place"):
-        signs = [s for s in scene.of_kind("sign") if s.colour in question.text or s.place_name in question.text]
+        signs = [
+            s for s in scene.of_kind("sign") if s.colour in question.text or s.place_name in question.text
+        ]
         assert [sign.text for sign in signs] == [question.answer]
 
 

@@ -7,7 +7,16 @@ import random
 import pytest
 import torch
 
-from hired.embedded.sequences import IGNORED, TILING, Example, Picture, Pictures, compose, lay_out, with_newlines
+from hired.embedded.sequences import (
+    IGNORED,
+    TILING,
+    Example,
+    Picture,
+    Pictures,
+    compose,
+    lay_out,
+    with_newlines,
+)
 from hired.embedded.tokenisation import build_tokenizer
 from hired.packing import pack, position_ids
 
@@ -33,7 +42,9 @@ def test_positions_are_those_of_generation(pictures: list[Picture], full: bool, 
     for row, example in enumerate(examples):
         for answer_row, answer, _ in sequences.answers:
             if answer_row == row:
-                text = next(t for t in example.texts if sequences.ids[row, answer.stop - len(t.ids)] == t.ids[0])
+                text = next(
+                    t for t in example.texts if sequences.ids[row, answer.stop - len(t.ids)] == t.ids[0]
+                )
                 first = sequences.positions[row, : len(PREFIX) + len(example.layout)]
                 whole = position_ids(len(PREFIX), example.layout, 40, "compact" if compact else "original")
                 assert first.equal(whole[: len(first)])
