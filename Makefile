@@ -3,12 +3,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup caption test check docs clean
+.PHONY: help setup caption bench test check docs clean
 
 PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3 python,$(shell command -v $(name))))
 BIN := .venv/bin
 READY := .venv/.complete
-OUTPUT ?= output/caption/$(shell date -u +%Y%m%dT%H%M%SZ)
+NOW := $(shell date -u +%Y%m%dT%H%M%SZ)
+OUTPUT ?= output/$@/$(NOW)
+CAPTION = $(BIN)/python jobs/caption_corpus.py --input examples/scenes --model embedded
 
 # Small models on few cores: more threads than this fight each other.
 export OMP_NUM_THREADS ?= 1
@@ -28,7 +30,12 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 caption: $(READY) ## caption the sample corpus with the embedded model; prints where the results are
-	$(BIN)/python jobs/caption_corpus.py --input examples/scenes --output $(OUTPUT) --model embedded
+	$(CAPTION) --output $(OUTPUT)
+
+bench: $(READY) ## time each stage on the sample corpus, with all visual tokens and with a fifth of them
+	$(CAPTION) --output $(OUTPUT)/keep-all --policy keep-all --token-budget 1.0
+	$(CAPTION) --output $(OUTPUT)/hired --policy hired --token-budget 0.2
+	$(BIN)/python -m pipeline.report $(OUTPUT)/keep-all $(OUTPUT)/hired
 
 test: $(READY) ## run every test; with CI=1 a skipped test is a failure
 	$(BIN)/python -m pytest --timeout 600

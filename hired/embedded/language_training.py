@@ -35,7 +35,7 @@ from hired.embedded.tower_training import feature_layer, normalise
 
 log = logging.getLogger(__name__)
 
-LENGTH, BATCH, NUM_TEXTS = 224, 32, 5
+LENGTH, BATCH, NUM_TEXTS = 256, 28, 5
 FULL_LENGTH, FULL_BATCH = 880, 6  # every token of the largest canvas, and room for eight questions
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset
 
 from hired.embedded import painter, supervision
-from hired.embedded.questions import Question, ask
+from hired.embedded.questions import ask
 from hired.geometry import Tiling, real_patches
 from hired.packing import NEWLINE, Layout, layout
 from hired.types import Size, VisualTokens
@@ -79,7 +79,7 @@ class Pictures(IterableDataset[list[Picture]]):
         size = painter.random_size(rng)
         scene = painter.paint(rng, size, brush_type=painter.Brush if self.drawn else painter.LabelBrush)
         whats, tints = supervision.patch_counts(supervision.cut_labels(scene.labels))
-        texts = [self._text(q.task, q.text, q.answer) for q in (*ask(scene, rng), *_echoes(scene))]
+        texts = [self._text(q.task, q.text, q.answer) for q in ask(scene, rng)]
         pixels = supervision.cut_pixels(scene.image) if self.drawn else None
         return Picture(size, whats, tints, texts, pixels)
 
@@ -87,16 +87,6 @@ class Pictures(IterableDataset[list[Picture]]):
         asked = self.tokenizer.encode(f"\n{question}<|assistant|>", add_special_tokens=False)
         said = self.tokenizer.encode(answer, add_special_tokens=False)
         return Text(task, [*asked, *said, self.tokenizer.eos_token_id], len(asked))
-
-
-def _echoes(scene: painter.Scene) -> Iterator[Question]:
-    """Reading with the colour said first, for training alone.
-
-    Without it, choosing a sign by its colour takes two steps that are each useless without the other: carry
-    the colour from the question to the answer, and look for print on that colour. Here the first is given.
-    """
-    for thing in (*scene.of_kind("sign"), *scene.of_kind("bar")):
-        yield Question("echo", f"Read the {thing.colour} {thing.kind}.", f"{thing.colour} {thing.text}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +123,18 @@ def compose(picture: Picture, rng: random.Random, *, length: int, num_texts: int
 
 
 def _dropped(picture: Picture, real: torch.Tensor, rng: random.Random, room: int) -> torch.Tensor:
-    """The patches that show things, less a few, and a share of the others; ``room`` at most."""
-    ink = torch.from_numpy(picture.whats[..., 1:].sum(-1) > 0)
+    """The patches that show things, less a few, and a share of the others; ``room`` at most.
+
+    Print goes last: without it the questions about it would have no answer.
+    """
+    shown = torch.from_numpy(picture.whats >= supervision.VISIBLE)
+    ink, legible = shown[..., 1:].any(-1), shown[..., painter.FIRST_GLYPH :].any(-1)
+    legible[0] = False
     chance = torch.from_numpy(np.random.default_rng(rng.getrandbits(48)).random(real.shape))
-    kept = real & ((ink & (chance < rng.choice((1.0, 1.0, 0.9)))) | (chance < rng.choice((0.02, 0.1, 0.3))))
+    kept = real & ((ink & (chance < rng.choice((1.0, 1.0, 0.95)))) | (chance < rng.choice((0.02, 0.1, 0.3))))
     kept[0, rng.randrange(kept.shape[1])] = True
-    first = chance.masked_fill(~kept, 2.0).flatten().argsort()[: min(room, int(kept.sum()))]
+    rank = (chance + 1.0 * ~legible).masked_fill(~kept, 3.0).flatten().argsort()
+    first = rank[: min(room, int(kept.sum()))]
     return torch.zeros_like(kept).flatten().index_fill(0, first, True).view_as(kept)
 
 
