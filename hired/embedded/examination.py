@@ -41,6 +41,9 @@ class Tally:
     def share(self) -> float:
         return self.right / self.total if self.total else float("nan")
 
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(self.right + other.right, self.total + other.total)
+
     def with_answer(self, right: bool) -> Tally:
         return Tally(self.right + right, self.total + 1)
 

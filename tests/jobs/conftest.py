@@ -19,8 +19,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster() -> Iterator[None]:
     import ray
 
-    ray.init(
-        address="local", num_cpus=2, num_gpus=0, include_dashboard=False, object_store_memory=500 * 2**20
-    )
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # 15 by default: on a busy machine workers would starve
+        ray.init(
+            address="local", num_cpus=2, num_gpus=0, include_dashboard=False, object_store_memory=500 * 2**20
+        )
+        yield
+        ray.shutdown()
