@@ -3,7 +3,7 @@
 vlm = hired.load("embedded")
 partitions = vlm.partition(image)
 tokens = vlm.encode([partitions], budget=hired.Budget(rate=0.2))
-captions = vlm.generate(tokens, ["Describe the picture."])
+captions = vlm.generate(tokens, ["Describe the image."])
 """
 
 from __future__ import annotations

@@ -47,10 +47,8 @@ def with_figures(readme: str) -> str:
     }
     for name, table in tables.items():
         block = _BLOCK.format(name=name, table=table)
-        pattern = re.compile(
-            re.escape(f"<!-- figures: {name} -->") + r".*?<!-- end of figures -->", re.DOTALL
-        )
-        readme, count = pattern.subn(lambda _, block=block: block, readme)
+        pattern = re.escape(f"<!-- figures: {name} -->") + r".*?<!-- end of figures -->"
+        readme, count = re.subn(pattern, block.replace("\\", r"\\"), readme, flags=re.DOTALL)
         if count != 1:
             raise ValueError(f"{README} must hold the block 'figures: {name}' once, not {count} times")
     return readme

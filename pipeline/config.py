@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -21,24 +22,23 @@ from hired.budget import Budget
 from hired.errors import ConfigurationError
 
 
-def _rate_or_tokens(value: Any) -> Any:
+def _rate_or_tokens(value: Any) -> int | float:
     """A number as it was written: with a decimal point it is a rate, without one a count of tokens."""
-    if isinstance(value, str):
-        try:
-            value = int(value) if value.strip().isdigit() else float(value)
-        except ValueError:
-            raise ValueError("write a rate such as 0.2 or a number of tokens such as 576") from None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("write a rate such as 0.2 or a number of tokens such as 576")
-    if value == 1 and isinstance(value, int):
+    number = _number(value) if isinstance(value, str) else value
+    if type(number) is float and 0 < number <= 1:
+        return number
+    if type(number) is int and number > 1:
+        return number
+    if type(number) is int and number == 1:
         raise ValueError("1 could mean all tokens or one token; write 1.0 to keep all, or a number from 2 on")
-    if isinstance(value, float) and not 0 < value <= 1:
-        raise ValueError(
-            "a rate lies above 0 and goes up to 1.0; write a number of tokens without a decimal point"
-        )
-    if value < 1 and isinstance(value, int):
-        raise ValueError("a number of tokens must be positive")
-    return value
+    raise ValueError("write a rate above 0.0 and up to 1.0, such as 0.2, or a number of tokens, such as 576")
+
+
+def _number(text: str) -> int | float | None:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return None
 
 
 TokenBudget = Annotated[int | float, BeforeValidator(_rate_or_tokens)]
@@ -115,7 +115,7 @@ class Config(Tree):
         "original", description="position ids of kept tokens: as in the full sequence, or closed up"
     )
 
-    prompt: str = Field("Describe the picture.", min_length=1, description="what to ask about each image")
+    prompt: str = Field("Describe the image.", min_length=1, description="what to ask about each image")
     max_new_tokens: int = Field(64, gt=0, description="tokens to generate at most")
 
     # The worst kind, a WebP with transparency, takes 16 bytes a pixel: 1.2 GB, in a worker of 0.5 GB.
@@ -146,11 +146,11 @@ class Config(Tree):
 
 def from_command_line(arguments: Sequence[str] | None = None) -> Config:
     """The configuration that flags, YAML file and defaults give together; raises ConfigurationError."""
-    parser = _parser()
-    known, unknown = parser.parse_known_args(arguments)
+    known, unknown = _parser().parse_known_args(arguments)
     if unknown:
+        names = ["config", *(name for name, _ in _leaves(Config))]
         flag = unknown[0].split("=")[0]
-        raise ConfigurationError(f"unknown argument {flag}{_nearest(flag, parser._option_string_actions)}")
+        raise ConfigurationError(f"unknown argument {flag}{_nearest(flag, map(_flag, names))}")
     flags = {name: value for name, value in vars(known).items() if value is not None}
     file = flags.pop("config", None)
     tree = _read_yaml(Path(file)) if file else {}
@@ -274,7 +274,7 @@ def _explain(error: Any) -> str:
     return f"{name}: {error['msg'].removeprefix('Value error, ')}{got}"
 
 
-def _nearest(name: str, names: Any) -> str:
+def _nearest(name: str, names: Iterable[str]) -> str:
     matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]}?" if matches else "; --help lists all"
 

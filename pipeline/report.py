@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pyarrow.dataset import dataset
 
 from hired.errors import HiredError
 from pipeline.manifest import Counts, Manifest, Tokens, read_manifest, write_atomically
@@ -86,7 +87,7 @@ def summary(manifest: Manifest, output: Path) -> str:
 def write_report(manifest: Manifest, output: Path) -> Path:
     """``OUTPUT/report.md``: the summary, what the stages took, and the first captions."""
     configuration = manifest.configuration
-    first = pq.read_table(output / "captions", columns=["key", "caption"]).slice(0, NUM_SAMPLES).to_pylist()
+    captions = dataset(output / "captions").head(NUM_SAMPLES, columns=["key", "caption"])
     shown = ("model", "policy", "token_budget", "alpha", "prompt", "max_new_tokens", "device", "dtype")
     lines = [
         f"# Run {manifest.run_id}",
@@ -106,7 +107,7 @@ def write_report(manifest: Manifest, output: Path) -> Path:
         "",
         "| key | caption |",
         "|---|---|",
-        *(f"| {_cell(row['key'])} | {_cell(row['caption'])} |" for row in first),
+        *(f"| {_cell(row['key'])} | {_cell(row['caption'])} |" for row in captions.to_pylist()),
     ]
     return write_atomically(output / REPORT, "\n".join(lines) + "\n")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import ray
 
 from hired import families, policies
+from hired.errors import ConfigurationError
 from hired.vlm import resolve
 from pipeline.config import Config
 from pipeline.graph import run_graph
@@ -95,7 +96,12 @@ def connect(autoscaling: bool) -> Cluster:
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS", "local")
         local = {"include_dashboard": False} if address == "local" else {}
-        ray.init(address=address, **local)
+        try:
+            ray.init(address=address, **local)
+        except ConnectionError as error:
+            raise ConfigurationError(
+                f"no Ray cluster answers at RAY_ADDRESS={address}: start it, or unset RAY_ADDRESS"
+            ) from error
     os.environ.setdefault("RAY_DATA_NON_TTY_PROGRESS_LOG_INTERVAL", "30")
     context = ray.data.DataContext.get_current()
     context.enable_fallback_to_arrow_object_ext_type = False  # columns have types; never pickle them

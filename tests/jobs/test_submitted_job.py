@@ -23,7 +23,7 @@ from tests.pictures import picture, saved
 
 PROJECT = Path(__file__).resolve().parents[2]
 RAY = Path(sys.executable).parent / "ray"
-START_S = 120
+START_S = 300
 
 
 @dataclass(frozen=True)
