@@ -46,8 +46,12 @@ check: $(READY) ## formatting, lint, types, and the layers of imports
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
 
-docs: $(READY) ## write docs/configuration.md anew
+bench: $(READY) ## caption the sample corpus under several token budgets, side by side; into docs/results
+	$(BIN)/python jobs/benchmark.py --input examples/scenes --output docs/results
+
+docs: $(READY) ## write docs/configuration.md and the README's figures anew
 	$(BIN)/python -m pipeline.config > docs/configuration.md
+	$(BIN)/python jobs/write_figures.py
 
 clean: ## remove .venv, caches and build products; output/ stays
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
