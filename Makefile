@@ -5,7 +5,10 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup caption bench test check docs clean
 
-PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3 python,$(shell command -v $(name))))
+# The first that runs and fits: a name on the PATH may be a version manager's shim for one that is not there.
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python; do \
+  if $$name -c '$(FITS)' 2>/dev/null; then echo $$name; break; fi; done)
 BIN := .venv/bin
 READY := .venv/.complete
 NOW := $(shell date -u +%Y%m%dT%H%M%SZ)
@@ -21,7 +24,7 @@ help: ## list the targets
 setup: $(READY) ## make .venv, or bring it up to date
 
 $(READY): pyproject.toml constraints.txt
-	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	@"$(or $(PYTHON),false)" -c '$(FITS)' \
 	  || { echo "Python 3.11 to 3.13 is needed; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
 	# torch alone first: pip then takes the CPU build where it finds one, and the default build elsewhere.
