@@ -13,7 +13,6 @@ BIN := .venv/bin
 READY := .venv/.complete
 NOW := $(shell date -u +%Y%m%dT%H%M%SZ)
 OUTPUT ?= output/$@/$(NOW)
-CAPTION = $(BIN)/python jobs/caption_corpus.py --input examples/scenes --model embedded
 
 # Small models on few cores: more threads than this fight each other.
 export OMP_NUM_THREADS ?= 1
@@ -33,12 +32,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 caption: $(READY) ## caption the sample corpus with the embedded model; prints where the results are
-	$(CAPTION) --output $(OUTPUT)
-
-bench: $(READY) ## time each stage on the sample corpus, with all visual tokens and with a fifth of them
-	$(CAPTION) --output $(OUTPUT)/keep-all --policy keep-all --token-budget 1.0
-	$(CAPTION) --output $(OUTPUT)/hired --policy hired --token-budget 0.2
-	$(BIN)/python -m pipeline.report $(OUTPUT)/keep-all $(OUTPUT)/hired
+	$(BIN)/python jobs/caption_corpus.py --input examples/scenes --model embedded --output $(OUTPUT)
 
 test: $(READY) ## run every test; with CI=1 a skipped test is a failure
 	$(BIN)/python -m pytest --timeout 600
