@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from tests.pictures import picture, saved
 PROJECT = Path(__file__).resolve().parents[2]
 RAY = Path(sys.executable).parent / "ray"
 START_S = 300
+TOKEN = "d41d8cd98f00b204e9800998ecf8427ed41d8cd98f00b204"
+PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
 
 
 @dataclass(frozen=True)
@@ -37,35 +40,38 @@ class Head:
 
 @pytest.fixture
 def head() -> Iterator[Head]:
-    """A head of its own: ports, folder and token; ended by its own process group."""
+    """A head of its own, with its own ports, folder and token; it ends with the test."""
     folder = Path(tempfile.mkdtemp(prefix="hired-", dir="/tmp"))  # socket paths must stay short
+    (folder / "token").write_text(TOKEN)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
-    (folder / "token").write_text("d41d8cd98f00b204e9800998ecf8427ed41d8cd98f00b204")
-    options = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
-    ports = dict(zip(options, free_ports(len(options)), strict=True))
-    command = [
-        RAY,
-        "start",
-        "--head",
-        "--block",
-        "--num-cpus=2",
-        f"--temp-dir={folder}",
-        "--dashboard-host=127.0.0.1",
-    ]
-    command += [f"--{option}={port}" for option, port in ports.items()]
+    environment |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": f"{folder}/token",
+        "RAY_worker_niceness": "0",
+    }
+    ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+    command = [str(RAY), "start", "--head", "--block", "--num-cpus=2", "--dashboard-host=127.0.0.1"]
+    command += [f"--temp-dir={folder}", *(f"--{option}={port}" for option, port in ports.items())]
+    running = Head(f"http://127.0.0.1:{ports['dashboard-port']}", folder, environment)
     with (folder / "head.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_for(ports["dashboard-port"], process, folder / "head.log")
-        yield Head(f"http://127.0.0.1:{ports['dashboard-port']}", folder, environment)
+        wait_for(running, process)
+        yield running
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(15)
+        kill_what_names(folder)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def kill_what_names(folder: Path) -> None:
+    """End the head's processes that outlived it: they alone have its folder on their command line."""
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in command.read_bytes():
+                os.kill(int(command.parent.name), signal.SIGKILL)
 
 
 def free_ports(number: int) -> list[int]:
@@ -76,15 +82,17 @@ def free_ports(number: int) -> list[int]:
         return [int(each.getsockname()[1]) for each in sockets]
 
 
-def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for(head: Head, process: subprocess.Popen[bytes]) -> None:
+    """Return once the head answers; a port that is open is not enough."""
+    authorised = {"Authorization": f"Bearer {TOKEN}"}
+    question = urllib.request.Request(f"{head.address}/api/version", headers=authorised)
     deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(question, timeout=5):
             return
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.5)
-            break
-    pytest.fail(f"the head did not start: {log.read_text()[-2000:]}")
+    pytest.fail(f"the head did not start: {(head.folder / 'head.log').read_text()[-2000:]}")
 
 
 def submit(head: Head, *job: str) -> subprocess.CompletedProcess[str]:
