@@ -94,14 +94,7 @@ def connect(autoscaling: bool) -> Cluster:
     A cluster that grows may be empty still; its nodes will have whole CPUs to give.
     """
     if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS", "local")
-        local = {"include_dashboard": False} if address == "local" else {}
-        try:
-            ray.init(address=address, **local)
-        except ConnectionError as error:
-            raise ConfigurationError(
-                f"no Ray cluster answers at RAY_ADDRESS={address}: start it, or unset RAY_ADDRESS"
-            ) from error
+        _initialise(os.environ.get("RAY_ADDRESS", "local"))
     os.environ.setdefault("RAY_DATA_NON_TTY_PROGRESS_LOG_INTERVAL", "30")
     context = ray.data.DataContext.get_current()
     context.enable_fallback_to_arrow_object_ext_type = False  # columns have types; never pickle them
@@ -110,3 +103,18 @@ def connect(autoscaling: bool) -> Cluster:
     resources = ray.cluster_resources()
     num_cpus = max(resources.get("CPU", 0), 4 if autoscaling else 0)
     return Cluster(num_cpus=num_cpus, num_gpus=resources.get("GPU", 0))
+
+
+def _initialise(address: str) -> None:
+    if address == "local":
+        # Workers start elsewhere; let them find this package where the driver did, installed or not.
+        paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        ray.init(address=address, include_dashboard=False)
+        return
+    try:
+        ray.init(address=address)
+    except ConnectionError as error:
+        raise ConfigurationError(
+            f"no Ray cluster answers at RAY_ADDRESS={address}: start it, or unset RAY_ADDRESS"
+        ) from error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,21 @@ def test_rows_of_every_format_end_in_exactly_one_table(
     assert run(mixed, output, *options) == 2, "a second run must not touch the first"
     assert "already holds a run" in capsys.readouterr().err
     assert tables(output) == (captions, dead_letters)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_file_runs_by_itself_from_any_folder(tmp_path: Path, checkpoint: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(saved(picture(), "PNG"))
+    command = [sys.executable, job.__file__, "--input=in", "--output=out", f"--model={checkpoint}"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {"RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    assert ran.stdout.startswith("1 rows: 1 captions, 0 dead letters")
+    assert len(ran.stdout.splitlines()) < 10, "stdout holds the summary alone"
+    assert tables(tmp_path / "out")[0].keys() == {"a.png"}
 
 
 @pytest.mark.ray
