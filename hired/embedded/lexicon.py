@@ -46,7 +46,7 @@ _LETTERS = GLYPHS[:26]
 
 
 def training_text(rng: random.Random) -> str:
-    """A sign's text for training: mostly letters without rhyme or reason, some seen words, numbers, both mixed.
+    """A sign's text for training: mostly letters without rhyme or reason, some seen words and numbers.
 
     Letters that a language model could guess from each other teach it to guess: with three in ten words seen
     and three in ten pronounceable, it read a quarter of the unseen words and three quarters of the others.
