@@ -106,10 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each process")
-    parser.add_argument("--tower-minutes", type=float, default=65)
-    parser.add_argument("--truth-minutes", type=float, default=55, help="runs beside the tower")
-    parser.add_argument("--projector-minutes", type=float, default=4)
-    parser.add_argument("--join-minutes", type=float, default=40)
+    parser.add_argument("--tower-minutes", type=float, default=89)
+    parser.add_argument("--truth-minutes", type=float, default=58, help="runs beside the tower")
+    parser.add_argument("--projector-minutes", type=float, default=3)
+    parser.add_argument("--join-minutes", type=float, default=33)
     parser.add_argument("--held-out", type=int, default=200, help="scenes that the scores are taken on")
     return parser
 

@@ -138,7 +138,7 @@ class Trainer:
     def _pictures(self, batch_size: int, *, drawn: bool) -> Iterator[list[Picture]]:
         pictures = Pictures(self.rng.getrandbits(32), self.tokenizer, batch_size=batch_size, drawn=drawn)
         loader = DataLoader(
-            pictures, batch_size=None, num_workers=1, prefetch_factor=8, collate_fn=lambda x: x
+            pictures, batch_size=None, num_workers=1, prefetch_factor=8, collate_fn=_as_they_are
         )
         return iter(loader)
 
@@ -222,6 +222,11 @@ def decode_layers(
     for layer in decoder.layers:
         hidden = layer(hidden, attention_mask=bias, position_embeddings=rotary)
     return decoder.norm(hidden)  # type: ignore[no-any-return]
+
+
+def _as_they_are(pictures: list[Picture]) -> list[Picture]:
+    """No collation; a function with a name, since a spawned worker must unpickle it."""
+    return pictures
 
 
 def _features(examples: Sequence[Example], device: torch.device) -> torch.Tensor:

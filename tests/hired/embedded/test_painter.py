@@ -99,8 +99,12 @@ def test_labels_are_cut_where_pixels_are_cut(seed: int) -> None:
     pixels, labels = supervision.cut_pixels(painted.image), supervision.cut_labels(painted.labels)
     assert labels.shape == pixels.shape[:3]
     assert set(np.unique(labels)) <= set(np.unique(painted.labels)) | {0}
-    shown, background = pixels[labels > 0].astype(int), pixels[labels == 0].astype(int)
-    assert np.ptp(shown, axis=-1).mean() > np.ptp(background, axis=-1).mean()  # things are the vivid ones
+    whats, tints = np.divmod(labels, painter.NUM_TINTS)
+    for shape in painted.of_kind("shape"):
+        tint = 1 + list(COLOURS).index(shape.colour)
+        own = (whats == painter.FIRST_SHAPE + SHAPES.index(shape.name)) & (tints == tint)
+        off = np.abs(pixels[own].astype(int) - COLOURS[shape.colour]).max(-1)
+        assert np.median(off) < 8
 
 
 def test_targets_are_distributions_and_weigh_things_most() -> None:

@@ -41,18 +41,15 @@ def test_positions_are_those_of_generation(pictures: list[Picture], full: bool, 
     examples = composed(pictures, full=full, length=length)
     sequences = lay_out(examples, PREFIX, length, compact=compact)
     for row, example in enumerate(examples):
-        for answer_row, answer, _ in sequences.answers:
-            if answer_row == row:
-                text = next(
-                    t for t in example.texts if sequences.ids[row, answer.stop - len(t.ids)] == t.ids[0]
-                )
-                first = sequences.positions[row, : len(PREFIX) + len(example.layout)]
-                whole = position_ids(len(PREFIX), example.layout, 40, "compact" if compact else "original")
-                assert first.equal(whole[: len(first)])
-                asked = sequences.positions[row, answer.start - text.num_question : answer.stop]
-                shortest = min(len(asked), 40)
-                assert asked[0] == whole[len(first)]
-                assert asked[:shortest].equal(whole[len(first) : len(first) + shortest]) or len(asked) > 40
+        num_shared = len(PREFIX) + len(example.layout)
+        answers = [answer for answer_row, answer, _ in sequences.answers if answer_row == row]
+        for text, answer in zip(example.texts, answers, strict=True):
+            whole = position_ids(
+                len(PREFIX), example.layout, len(text.ids), "compact" if compact else "original"
+            )
+            question = slice(answer.start - text.num_question, answer.stop)
+            assert sequences.positions[row, :num_shared].equal(whole[:num_shared])
+            assert sequences.positions[row, question].equal(whole[num_shared:])
 
 
 def test_a_question_sees_its_image_and_itself_alone(pictures: list[Picture]) -> None:
