@@ -51,7 +51,7 @@ def test_its_record_says_how_it_was_made_and_meets_the_bars(record: dict[str, An
     everything, full_image = (record["exact_answers"][name] for name in ("all tokens", "full-image alone"))
     for task in ("shape", "colour", "yes-no"):
         assert everything[task]["share"] >= 0.9, task
-    assert everything["read"]["share"] >= 0.2
+    assert everything["read"]["share"] >= 0.4  # the goal is 0.7 (docs/log.md)
     assert full_image["read"]["share"] < 0.3
 
 
@@ -76,7 +76,7 @@ def test_it_reads_and_sees_what_is_painted_now(vlm: hired.VLM, scenes: list[Any]
     simple = sum((everything[t] for t in ("shape", "colour", "yes-no")), start=Tally())
     assert simple.total >= 60
     assert simple.share >= 0.9
-    assert everything["read"].share >= 0.15
+    assert everything["read"].share >= 0.3  # the record has 0.48 over more questions
     full_image = examination.examine(
         vlm,
         scenes,
