@@ -23,7 +23,6 @@ TILING = Tiling(painter.SIDE, supervision.PATCH, painter.PINPOINTS)
 
 # Reading is the hardest and the point; long descriptions would drown the rest.
 _WEIGHTS = {
-    "echo": 5.0,
     "read": 4.0,
     "read-place": 1.5,
     "chart": 3.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -65,25 +66,13 @@ def test_cls_attention_finds_the_ink(vlm: hired.VLM, scenes: list[Any]) -> None:
 
 @pytest.mark.slow
 def test_it_reads_and_sees_what_is_painted_now(vlm: hired.VLM, scenes: list[Any]) -> None:
-    everything = examination.examine(
-        vlm,
-        scenes,
-        seed=0,
-        budget=hired.Budget(rate=1.0),
-        policy="keep-all",
-        tasks=frozenset({"read", "shape", "colour", "yes-no"}),
+    keep_all = partial(
+        examination.examine, vlm, scenes, seed=0, budget=hired.Budget(rate=1.0), policy="keep-all"
     )
+    everything = keep_all(tasks=frozenset({"read", "shape", "colour", "yes-no"}))
     simple = sum((everything[t] for t in ("shape", "colour", "yes-no")), start=Tally())
     assert simple.total >= 60
     assert simple.share >= 0.9
     assert everything["read"].share >= 0.3  # the record has 0.48 over more questions
-    full_image = examination.examine(
-        vlm,
-        scenes,
-        seed=0,
-        budget=hired.Budget(rate=1.0),
-        policy="keep-all",
-        select=examination.full_image_only,
-        tasks=READING,
-    )
+    full_image = keep_all(select=examination.full_image_only, tasks=READING)
     assert full_image["read"].share < 0.3
