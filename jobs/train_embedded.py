@@ -38,6 +38,8 @@ def main() -> int:
         seed=options.seed,
         device=options.device,
         threads=options.threads,
+        initial=options.initial,
+        peak=options.peak,
         tower_minutes=options.tower_minutes,
         truth_minutes=options.truth_minutes,
         projector_minutes=options.projector_minutes,
@@ -103,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--work", type=Path, default=Path("build/embedded-work"), help="folder of the stages' state"
     )
+    parser.add_argument("--initial", type=Path, help="checkpoint to go on from (default: random weights)")
+    parser.add_argument("--peak", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each process")

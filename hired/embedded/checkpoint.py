@@ -71,6 +71,12 @@ def new_model(tokenizer: Any, *, seed: int) -> LlavaNextForConditionalGeneration
     )
 
 
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """A saved checkpoint's state dict, in float32, to train on from."""
+    model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    return dict(model.state_dict())
+
+
 def save(model: LlavaNextForConditionalGeneration, tokenizer: Any, folder: Path) -> None:
     """Model in float16, tokenizer, processor and generation settings, as ``save_pretrained`` writes them."""
     shipped = copy.deepcopy(model).half()

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 LENGTH, BATCH, NUM_TEXTS = 256, 28, 5
 FULL_LENGTH, FULL_BATCH = 880, 6  # every token of the largest canvas, and room for eight questions
+FULL_FROM = 0.25
 
 
 class Truth(nn.Module):
@@ -84,18 +85,10 @@ class Trainer:
         self._decode = torch.compile(decode_layers, dynamic=False)
         self._see = torch.compile(feature_layer, dynamic=False)
 
-    def learn_from_truth(self, minutes: float) -> None:
+    def learn_from_truth(self, minutes: float, *, peak: float = 2e-3) -> None:
         """The language model and ``Truth``, on labels alone."""
-        language = [self.model.model.language_model, self.model.lm_head, _Newline(self.model), self.truth]
-        optimiser = Optimiser(language, peak=2e-3, warm_up_steps=100)
         labelled = self._pictures(BATCH, drawn=False)
-        score = Score()
-        for step, done in elapsed(minutes):
-            examples = self._compose(next(labelled), full=False)
-            score.add(*self._answer(examples, self.truth(examples, unsure=0.07), LENGTH))
-            torch.autograd.backward(score.loss)
-            optimiser.step(done)
-            self._log_and_save("truth", step, score)
+        self._learn("truth", minutes, peak, self.truth, labelled, lambda e: self.truth(e, unsure=0.07))
 
     def match_projector(self, minutes: float) -> None:
         """The projector alone: from the tower's features to what ``Truth`` says of the same patch."""
@@ -112,28 +105,41 @@ class Trainer:
             if step % 50 == 0:
                 log.info("projector step %d, unexplained %.3f", step, loss)
 
-    def learn_from_tower(self, minutes: float, *, full_from: float = 0.5) -> None:
-        """The language model and the projector on the tower's features.
+    def learn_from_tower(self, minutes: float, *, peak: float = 1e-3) -> None:
+        """The language model and the projector on the tower's features."""
+        projector = self.model.model.multi_modal_projector
+        self._learn(
+            "tower", minutes, peak, _Named("projector", projector), self._seen_pictures(),
+            lambda examples: projector(_features(examples, self.device)),
+        )  # fmt: skip
 
-        From a share ``full_from`` of the time on, every third batch keeps all tokens.
+    def _learn(
+        self,
+        name: str,
+        minutes: float,
+        peak: float,
+        source: nn.Module,
+        pictures: Iterator[list[Picture]],
+        visual: Callable[[list[Example]], torch.Tensor],
+    ) -> None:
+        """The language model and ``source``, on what ``visual`` makes of pictures.
+
+        From ``FULL_FROM`` of the time on, every third batch keeps all tokens.
         """
-        model = self.model
-        taught = [model.model.language_model, model.lm_head, _Newline(model)]
-        optimiser = Optimiser([*taught, _Named("projector", model.model.multi_modal_projector)], peak=1e-3)
-        seen = self._seen_pictures()
-        score, full_score = Score(), Score()
+        taught = [self.model.model.language_model, self.model.lm_head, _Newline(self.model), source]
+        optimiser = Optimiser(taught, peak=peak, warm_up_steps=100)
+        scores = {False: Score(), True: Score()}
         for step, done in elapsed(minutes):
-            full = done > full_from and step % 3 == 0
-            pictures = next(seen)[: FULL_BATCH if full else BATCH]
-            examples = self._compose(pictures, full=full)
-            features = model.model.multi_modal_projector(_features(examples, self.device))
-            tally = full_score if full else score
-            tally.add(*self._answer(examples, features, FULL_LENGTH if full else LENGTH))
-            torch.autograd.backward(tally.loss)
+            full = done > FULL_FROM and step % 3 == 0
+            examples = self._compose(next(pictures)[: FULL_BATCH if full else BATCH], full=full)
+            score = scores[full]
+            score.add(*self._answer(examples, visual(examples), FULL_LENGTH if full else LENGTH))
+            torch.autograd.backward(score.loss)
             optimiser.step(done)
-            self._log_and_save("tower", step, score)
-            if full and step % 150 == 0:
-                log.info("all tokens: %s", full_score)
+            if step % 50 == 0:
+                log.info("%s step %d: %s; all tokens: %s", name, step, scores[False], scores[True])
+            if step % 500 == 0:
+                self._save()
 
     def _pictures(self, batch_size: int, *, drawn: bool) -> Iterator[list[Picture]]:
         pictures = Pictures(self.rng.getrandbits(32), self.tokenizer, batch_size=batch_size, drawn=drawn)
@@ -179,12 +185,6 @@ class Trainer:
             )
             wanted = (sequences.targets[:, 1:] != IGNORED).to(self.device)
             return model.lm_head(hidden[:, :-1][wanted]), sequences
-
-    def _log_and_save(self, name: str, step: int, score: Score) -> None:
-        if step % 50 == 0:
-            log.info("%s step %d: %s", name, step, score)
-        if step % 500 == 0:
-            self._save()
 
 
 class Score:

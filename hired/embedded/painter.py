@@ -1,6 +1,6 @@
 """Scenes with known contents: backgrounds, coloured shapes, signs in small print, bar charts.
 
-A scene is drawn for the canvas that LLaVA-NeXT's partitioning will fit it to: print is 14 to 21 canvas
+A scene is drawn for the canvas that LLaVA-NeXT's partitioning will fit it to: print is 15 to 24 canvas
 pixels high, so the sub-images resolve it and the squashed full-image does not. Beside the picture the
 painter keeps a label for every pixel, which costs nothing here and which photographs never have.
 """
@@ -282,7 +282,7 @@ def _paint_shape(brush: LabelBrush, layout: _Layout, rng: random.Random) -> list
 def _paint_sign(
     brush: LabelBrush, layout: _Layout, rng: random.Random, colour: str, text: str
 ) -> list[Thing]:
-    font = _font(rng.choice(_FONTS), max(6, round(rng.uniform(15, 21) * layout.unit)))
+    font = _font(rng.choice(_FONTS), max(6, round(rng.uniform(17, 24) * layout.unit)))
     pad = rng.uniform(4, 8) * layout.unit
     width, cap = font.getlength(text), CAP_HEIGHT * font.size
     spot = layout.take(width + 2 * pad, cap + 2 * pad, whole=True)
@@ -352,7 +352,7 @@ class Chart:
 
 def random_chart(rng: random.Random, unit: float) -> Chart:
     colours = rng.sample([colour for colour in sorted(COLOURS) if colour != "white"], rng.randint(2, 4))
-    font = _font(_FONTS[rng.randrange(2)], max(6, round(rng.uniform(14, 16) * unit)))
+    font = _font(_FONTS[rng.randrange(2)], max(6, round(rng.uniform(15, 18) * unit)))
     return Chart({colour: rng.randint(5, 99) for colour in colours}, font, unit, rng.uniform(34, 60) * unit)
 
 

@@ -88,7 +88,7 @@ def targets(labels: NDArray[np.int32], whole: NDArray[np.bool_]) -> Targets:
     small to read, so it weighs little.
     """
     whats, tints = patch_counts(labels)
-    visible = np.where(whats >= VISIBLE, whats, 0).astype(np.float32)
+    visible = (whats >= VISIBLE).astype(np.float32)  # not by area: a thin letter is as much of its word
     things = visible.copy()
     things[..., : painter.BAR] = 0
     has_thing = things.sum(-1) > 0
@@ -150,7 +150,7 @@ def _row_of_shapes(brush: painter.LabelBrush, rng: random.Random, y: float) -> f
 
 
 def _row_of_signs(brush: painter.LabelBrush, rng: random.Random, y: float) -> float:
-    font = painter._font(rng.choice(painter._FONTS), round(rng.uniform(12.5, 21)))
+    font = painter._font(rng.choice(painter._FONTS), round(rng.uniform(14, 24)))
     pad = rng.uniform(2, 8)
     cap = 0.74 * font.size
     x = rng.uniform(0, 16)

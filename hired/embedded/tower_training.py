@@ -105,15 +105,17 @@ def train_tower(
     save: Callable[[Heads], None],
     num_sheets: int = 20,
     num_from_scenes: int = 8,
-    reuse: int = 3,
+    peak: float = 2e-3,
+    reuse: int = 2,
 ) -> Heads:
     """Trains ``tower`` in place for so many minutes and returns its heads. ``save`` is called now and then.
+    ``peak`` is the highest learning rate.
 
     Each batch is trained on ``reuse`` times, far apart: drawing costs as much as a step does on a CPU core.
     """
     torch.manual_seed(seed)
     heads = Heads(tower.config.hidden_size).to(device)  # type: ignore[union-attr,arg-type]
-    optimiser = Optimiser([tower, heads], peak=2e-3)
+    optimiser = Optimiser([tower, heads], peak=peak)
     drawn = iter(
         DataLoader(
             Sheets(seed, num_sheets, num_from_scenes), batch_size=None, num_workers=1, prefetch_factor=8

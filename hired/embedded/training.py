@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,12 +25,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Where the state goes, how long each stage lasts, and on what it runs."""
+    """Where the state goes, what it starts from, how long each stage lasts, and on what it runs.
+
+    ``initial`` is a checkpoint of the embedded model to go on from; None is random weights. ``peak`` is the
+    highest learning rate; the last stage takes half of it.
+    """
 
     folder: Path
     seed: int
     device: str
     threads: int
+    initial: Path | None
+    peak: float
     tower_minutes: float
     truth_minutes: float
     projector_minutes: float
@@ -70,15 +77,19 @@ def train(plan: Plan, output: Path) -> None:
 def tower_stage(plan: Plan) -> None:
     """The tower alone, on pixels."""
     _prepare(plan)
-    model = checkpoint.new_model(build_tokenizer(), seed=plan.seed)
-    tower = model.model.vision_tower.to(plan.device)
+    tower = _initial_model(plan).model.vision_tower
     draft = plan.tower_file.with_suffix(".draft")
 
     def save(heads: Heads) -> None:
         torch.save({"tower": tower.state_dict(), "heads": heads.state_dict()}, draft)
 
     train_tower(
-        tower, minutes=plan.tower_minutes, seed=plan.seed, device=torch.device(plan.device), save=save
+        tower,
+        minutes=plan.tower_minutes,
+        seed=plan.seed,
+        device=torch.device(plan.device),
+        save=save,
+        peak=plan.peak,
     )
     draft.rename(plan.tower_file)
 
@@ -86,15 +97,14 @@ def tower_stage(plan: Plan) -> None:
 def truth_stage(plan: Plan) -> None:
     """The language model alone, on the painter's labels."""
     _prepare(plan)
-    tokenizer = build_tokenizer()
-    model = checkpoint.new_model(tokenizer, seed=plan.seed).to(plan.device)
+    model = _initial_model(plan)
     draft = plan.truth_file.with_suffix(".draft")
 
     def save() -> None:
         torch.save({"model": model.state_dict(), "truth": trainer.truth.state_dict()}, draft)
 
-    trainer = Trainer(model, tokenizer, seed=plan.seed, save=save)
-    trainer.learn_from_truth(plan.truth_minutes)
+    trainer = Trainer(model, build_tokenizer(), seed=plan.seed, save=save)
+    trainer.learn_from_truth(plan.truth_minutes, peak=plan.peak)
     save()
     draft.rename(plan.truth_file)
 
@@ -102,11 +112,10 @@ def truth_stage(plan: Plan) -> None:
 def join_stage(plan: Plan) -> None:
     """The projector between the two, then language model and projector together; the tower stays as it is."""
     _prepare(plan)
-    tokenizer = build_tokenizer()
-    model = checkpoint.new_model(tokenizer, seed=plan.seed).to(plan.device)
+    model = _initial_model(plan)
     draft = plan.joined_file.with_suffix(".draft")
     trainer = Trainer(
-        model, tokenizer, seed=plan.seed + 1, save=lambda: torch.save(model.state_dict(), draft)
+        model, build_tokenizer(), seed=plan.seed + 1, save=lambda: torch.save(model.state_dict(), draft)
     )
     truth = torch.load(plan.truth_file, map_location=plan.device)
     model.load_state_dict(truth["model"])
@@ -114,9 +123,17 @@ def join_stage(plan: Plan) -> None:
     model.model.vision_tower.load_state_dict(torch.load(plan.tower_file, map_location=plan.device)["tower"])
     model.model.vision_tower.requires_grad_(False)
     trainer.match_projector(plan.projector_minutes)
-    trainer.learn_from_tower(plan.join_minutes)
+    trainer.learn_from_tower(plan.join_minutes, peak=plan.peak / 2)
     torch.save(model.state_dict(), draft)
     draft.rename(plan.joined_file)
+
+
+def _initial_model(plan: Plan) -> Any:
+    """The model that the plan starts from, on its device."""
+    model = checkpoint.new_model(build_tokenizer(), seed=plan.seed)
+    if plan.initial is not None:
+        model.load_state_dict(checkpoint.weights(plan.initial))
+    return model.to(plan.device)
 
 
 def _prepare(plan: Plan) -> None:
