@@ -9,6 +9,7 @@ captions = vlm.generate(tokens, ["Describe the image."])
 from __future__ import annotations
 
 from hired.budget import Budget
+from hired.engine import EngineOptions, Sampling
 from hired.errors import (
     CapacityError,
     ConfigurationError,
@@ -28,6 +29,7 @@ __all__ = [
     "CapacityError",
     "Caption",
     "ConfigurationError",
+    "EngineOptions",
     "GenerationError",
     "Grid",
     "HiredError",
@@ -35,6 +37,7 @@ __all__ = [
     "ImageTooLargeError",
     "ModelError",
     "Partitions",
+    "Sampling",
     "UnreadableImageError",
     "VisualTokens",
     "load",

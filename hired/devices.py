@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -52,3 +53,12 @@ def describe_hardware(device: str | torch.device) -> str:
     features = "AMX" if any("amx_bf16" in line for line in lines) else ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return ", ".join(filter(None, [f"{cores} cores", *names[:1], features]))
+
+
+def host_memory_bytes() -> int:
+    """The memory that this process may use on its host: the machine's, or its control group's if less."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # there is no such file, or it says "max"
+            limits.append(int(Path(file).read_text(encoding="utf-8")))
+    return min(limits)

@@ -5,24 +5,39 @@ The projector runs here, on kept tokens only: features before it are a quarter o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from hired.engine import Completion, Engine, Request
+from hired.engine import GREEDY, Completion, Engine, Request, Sampling
 from hired.errors import ConfigurationError, GenerationError
 from hired.packing import Layout, Newlines, Positions, layout, pack, position_ids
-from hired.prompts import PromptTemplate
+from hired.prompts import Halves, PromptTemplate
 from hired.types import Caption, VisualTokens
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A token of row ``index``, its caption or error when it has ended, or both at once."""
+
+    index: int
+    token_id: int | None
+    caption: Caption | GenerationError | None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class _Prompt:
-    request: Request
-    layout: Layout
+class _Row:
+    """Image number ``index``, the token ids before and after it, and how to answer."""
+
+    index: int
+    tokens: VisualTokens
+    prompt: Halves
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    sampling: Sampling
 
 
 class Generator:
@@ -56,7 +71,6 @@ class Generator:
         self._newlines = newlines
         self._positions = positions
 
-    @torch.inference_mode()
     def generate(
         self,
         tokens: Sequence[VisualTokens],
@@ -64,62 +78,96 @@ class Generator:
         *,
         max_new_tokens: int | Sequence[int] = 64,
         stop: Sequence[str] = (),
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
     ) -> list[Caption | GenerationError]:
         """One caption an image, or the error that this row alone met.
 
-        ``max_new_tokens`` is one limit for all rows or one a row. An answer ends before the first of the
-        ``stop`` strings; its ``token_ids`` leave out only the closing end-of-sequence token.
+        ``max_new_tokens`` and ``sampling`` are one for all rows or one a row. An answer ends before the first
+        of the ``stop`` strings; its ``token_ids`` leave out only the closing end-of-sequence token.
         """
-        limits = [max_new_tokens] * len(tokens) if isinstance(max_new_tokens, int) else max_new_tokens
-        if not len(tokens) == len(prompts) == len(limits):
+        pieces = self.stream(tokens, prompts, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling)
+        captions = {piece.index: piece.caption for piece in pieces if piece.caption is not None}
+        return [captions[index] for index in range(len(tokens))]
+
+    def stream(
+        self,
+        tokens: Sequence[VisualTokens],
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int | Sequence[int] = 64,
+        stop: Sequence[str] = (),
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+    ) -> Iterator[Piece]:
+        """The same token by token; the pieces of several rows mix. Closing it cancels what is not told yet.
+
+        Each image is projected when the engine has room for it.
+        """
+        count = len(tokens)
+        limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else max_new_tokens
+        samplings = [sampling] * count if isinstance(sampling, Sampling) else sampling
+        if not count == len(prompts) == len(limits) == len(samplings):
             raise ConfigurationError(
-                f"one prompt and one limit an image: got {len(tokens)} images, {len(prompts)} prompts, "
-                f"{len(limits)} limits"
+                f"one prompt, one limit and one sampling an image: got {count} images, {len(prompts)} "
+                f"prompts, {len(limits)} limits, {len(samplings)} samplings"
             )
-        if not tokens:
-            return []
-        rows = [
-            self._prompt(*row, tuple(stop))
-            for row in zip(tokens, self._project(tokens), prompts, limits, strict=True)
-        ]
-        completions = iter(self._engine.generate([row.request for row in rows if isinstance(row, _Prompt)]))
-        return [self._caption(row, next(completions)) if isinstance(row, _Prompt) else row for row in rows]
+        return self._pieces(zip(tokens, prompts, limits, samplings, strict=True), tuple(stop))
 
-    def _project(self, tokens: Sequence[VisualTokens]) -> tuple[Tensor, ...]:
-        """Each image's features in the language model's width, projected in one go."""
-        features = torch.cat([image.features for image in tokens]).to(self._image_newline)
-        return torch.split(self._projector(features), [len(image) for image in tokens])
+    def _pieces(
+        self, rows: Iterable[tuple[VisualTokens, str, int, Sampling]], stop: tuple[str, ...]
+    ) -> Iterator[Piece]:
+        accepted: list[_Row] = []
+        for index, (image, prompt, limit, sampling) in enumerate(rows):
+            try:
+                accepted.append(_Row(index, image, self._prompts.split(prompt), limit, stop, sampling))
+            except GenerationError as error:
+                yield Piece(index, None, error)
+        layouts: dict[int, Layout] = {}
+        for event in self._engine.stream(self._requests(accepted, layouts)):
+            row, outcome = accepted[event.index], event.outcome
+            yield Piece(
+                row.index,
+                event.token_id,
+                self._caption(row, layouts.pop(row.index), outcome)
+                if isinstance(outcome, Completion)
+                else outcome,
+            )
 
-    def _prompt(
-        self, tokens: VisualTokens, features: Tensor, prompt: str, max_new_tokens: int, stop: tuple[str, ...]
-    ) -> _Prompt | GenerationError:
-        try:
-            prefix, suffix = self._prompts.split(prompt)
-        except GenerationError as error:
-            return error
-        places = layout(tokens, self._patches_per_side, newlines=self._newlines)
-        embeddings = [self._embed(prefix), pack(places, features, self._image_newline), self._embed(suffix)]
-        positions = position_ids(len(prefix), places, len(suffix), self._positions).to(features.device)
-        return _Prompt(Request(torch.cat(embeddings), positions, max_new_tokens, stop), places)
+    def _requests(self, rows: Sequence[_Row], layouts: dict[int, Layout]) -> Iterator[Request]:
+        """The rows as the engine takes them, one by one; ``layouts`` gets each one's layout."""
+        for row in rows:
+            layouts[row.index] = layout(row.tokens, self._patches_per_side, newlines=self._newlines)
+            yield self._request(row, layouts[row.index])
+
+    @torch.inference_mode()
+    def _request(self, row: _Row, places: Layout) -> Request:
+        prefix, suffix = row.prompt
+        features = self._projector(row.tokens.features.to(self._image_newline, non_blocking=True))
+        source = Layout(places.source.to(features.device, non_blocking=True), places.slots, places.num_full)
+        visual = pack(source, features, self._image_newline)
+        return Request(
+            torch.cat([self._embed(prefix), visual, self._embed(suffix)]),
+            position_ids(len(prefix), places, len(suffix), self._positions),
+            row.max_new_tokens,
+            row.stop,
+            row.sampling,
+            shared_prefix=prefix,
+        )
 
     def _embed(self, token_ids: Sequence[int]) -> Tensor:
         ids = torch.tensor(token_ids, dtype=torch.int64, device=self._image_newline.device)
         embeddings: Tensor = self._embed_tokens(ids)
         return embeddings
 
-    def _caption(
-        self, prompt: _Prompt, completion: Completion | GenerationError
-    ) -> Caption | GenerationError:
-        if isinstance(completion, GenerationError):
-            return completion
+    def _caption(self, row: _Row, places: Layout, completion: Completion) -> Caption:
         text = self._prompts.decode(completion.token_ids)
-        for stop in prompt.request.stop:
+        for stop in row.stop:
             text = text.partition(stop)[0]
+        prefix, suffix = row.prompt
         return Caption(
             text=text.strip(),
             token_ids=completion.token_ids,
             finish_reason=completion.finish_reason,
-            prompt_tokens=len(prompt.request),
-            visual_tokens_full=prompt.layout.num_full,
-            visual_tokens_kept=len(prompt.layout),
+            prompt_tokens=len(prefix) + len(places) + len(suffix),
+            visual_tokens_full=places.num_full,
+            visual_tokens_kept=len(places),
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from hired import embedded, families
 from hired.budget import Budget
 from hired.devices import resolve_device, resolve_dtype
+from hired.engine import GREEDY, EngineOptions, Sampling
 from hired.errors import HiredError, ModelError
 from hired.partitioning import partition
 from hired.types import Caption, Partitions, VisualTokens
@@ -33,14 +34,19 @@ CHECKPOINT_FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer.model")
 
 
 def load(
-    model: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    model: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    engine: EngineOptions | None = None,
 ) -> VLM:
     """The model ``"embedded"``, in a folder, or under an id of the Hugging Face hub.
 
     ``device`` is the GPU if there is one, ``dtype`` float32 on CPUs, bfloat16 or float16 on GPUs. Features
-    are handed over as float16, as float32 only when ``dtype`` asks for it. Raises ModelError, with the mend.
+    are handed over as float16, as float32 only when ``dtype`` asks for it. ``engine`` says what generates and
+    how much memory it may take. Raises ModelError, with the mend.
     """
-    return VLM(resolve(model), device=device, dtype=dtype)
+    return VLM(resolve(model), device=device, dtype=dtype, engine=engine)
 
 
 def resolve(model: str | Path) -> Path:
@@ -64,11 +70,17 @@ class VLM:
     """
 
     def __init__(
-        self, path: Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+        self,
+        path: Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        engine: EngineOptions | None = None,
     ) -> None:
         self.path = path
         self._device = resolve_device(device)
         self._dtype = dtype
+        self._engine = engine
         resolve_dtype(dtype, self._device)  # a wrong one is an error now, not after minutes of encoding
         families.family(path)
 
@@ -88,7 +100,7 @@ class VLM:
 
     @cached_property
     def generator(self) -> Generator:
-        return families.load_generator(self.path, device=self._device, dtype=self._dtype)
+        return families.load_generator(self.path, device=self._device, dtype=self._dtype, engine=self._engine)
 
     def partition(self, image: bytes | Image) -> Partitions:
         """The full-image and the sub-images of one picture; raises ImageError."""
@@ -107,16 +119,17 @@ class VLM:
         *,
         max_new_tokens: int | Sequence[int] = 64,
         stop: Sequence[str] = (),
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
     ) -> list[Caption]:
-        """A greedy answer for each image; one prompt for all or one an image.
+        """An answer for each image; one prompt for all or one an image. Greedy unless ``sampling`` says else.
 
         Raises the first row's error, if any; ``generator.generate`` returns errors row by row instead.
         """
         questions = [prompts] * len(tokens) if isinstance(prompts, str) else prompts
-        return [
-            _raised(answer)
-            for answer in self.generator.generate(tokens, questions, max_new_tokens=max_new_tokens, stop=stop)
-        ]
+        answers = self.generator.generate(
+            tokens, questions, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling
+        )
+        return [_raised(answer) for answer in answers]
 
 
 def _raised(answer: Caption | HiredError) -> Caption:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from hired.engine import Completion, Request
-from hired.errors import CapacityError, GenerationError
+from hired.engine import Completion, Event, Outcome, Request, answers_in_order
+from hired.errors import CapacityError
 
 
 class FakeEngine:
@@ -21,11 +21,18 @@ class FakeEngine:
         self._max_positions = max_positions
         self.requests: list[Request] = []
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion | GenerationError]:
-        self.requests.extend(requests)
-        return [self._complete(request) for request in requests]
+    def generate(self, requests: Iterable[Request]) -> list[Outcome]:
+        return answers_in_order(self.stream(requests))
 
-    def _complete(self, request: Request) -> Completion | GenerationError:
+    def stream(self, requests: Iterable[Request]) -> Iterator[Event]:
+        for index, request in enumerate(requests):
+            self.requests.append(request)
+            outcome = self._complete(request)
+            for token_id in outcome.token_ids if isinstance(outcome, Completion) else ():
+                yield Event(index, token_id)
+            yield Event(index, outcome=outcome)
+
+    def _complete(self, request: Request) -> Outcome:
         try:
             request.check_fits(self._max_positions)
         except CapacityError as error:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 
 from hired.devices import resolve_device, resolve_dtype, resolve_handoff_dtype
+from hired.engine import EngineOptions
 from hired.errors import ModelError
 from hired.families.checkpoint import model_type
 from hired.packing import Newlines, Positions
@@ -35,7 +36,13 @@ class Family(Protocol):
     ) -> Encoder: ...
 
     def load_generator(
-        self, path: Path, device: torch.device, dtype: torch.dtype, newlines: Newlines, positions: Positions
+        self,
+        path: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        newlines: Newlines,
+        positions: Positions,
+        options: EngineOptions,
     ) -> Generator: ...
 
 
@@ -83,7 +90,10 @@ def load_generator(
     dtype: str | torch.dtype | None = None,
     newlines: Newlines = "rows",
     positions: Positions = "original",
+    engine: EngineOptions | None = None,
 ) -> Generator:
-    """The half that speaks. Defaults are those of ``hired.devices`` and ``hired.packing``."""
+    """The half that speaks. Defaults are those of ``hired.devices``, ``packing`` and ``engine``."""
     place = resolve_device(device)
-    return family(path).load_generator(path, place, resolve_dtype(dtype, place), newlines, positions)
+    return family(path).load_generator(
+        path, place, resolve_dtype(dtype, place), newlines, positions, engine or EngineOptions()
+    )

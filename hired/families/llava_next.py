@@ -9,7 +9,8 @@ import torch
 from transformers import AutoImageProcessor, AutoProcessor, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from hired.encoder import Encoder
-from hired.engine.transformers_engine import TransformersEngine
+from hired.engine import EngineOptions
+from hired.engine.factory import new_engine
 from hired.errors import ModelError
 from hired.families.checkpoint import load_weights, reading
 from hired.generator import Generator
@@ -69,21 +70,28 @@ def load_encoder(path: Path, device: torch.device, dtype: torch.dtype, handoff_d
 
 
 def load_generator(
-    path: Path, device: torch.device, dtype: torch.dtype, newlines: Newlines, positions: Positions
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    newlines: Newlines,
+    positions: Positions,
+    options: EngineOptions,
 ) -> Generator:
-    """Projector and language model, with an engine on transformers and the checkpoint's own chat template."""
+    """Projector and language model, with the engine of the options and the checkpoint's own chat template."""
     config = _config(path)
     with reading(path, "processor"):
         processor = AutoProcessor.from_pretrained(path, local_files_only=True)
     prompts = PromptTemplate(processor, config.image_token_id)
-    half = load_weights(LlavaNextLanguageHalf, path, device, dtype)
-    engine = TransformersEngine(half, eos_token_ids=_eos_token_ids(half), decode=prompts.decode)
+    # Weights that are still to be quantised wait on the host: they may not fit the device as they are.
+    at_first = device if options.quantisation == "none" else torch.device("cpu")
+    half = load_weights(LlavaNextLanguageHalf, path, at_first, dtype)
+    engine = new_engine(half, device, options, eos_token_ids=_eos_token_ids(half), decode=prompts.decode)
     return Generator(
         engine,
         prompts,
-        projector=half.model.multi_modal_projector,
+        projector=half.model.multi_modal_projector.to(device),
         embed_tokens=half.get_input_embeddings(),
-        image_newline=half.model.image_newline,
+        image_newline=half.model.image_newline.to(device),
         patches_per_side=config.vision_config.image_size // config.vision_config.patch_size,
         newlines=newlines,
         positions=positions,
