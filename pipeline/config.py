@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 
 from hired.budget import Budget
+from hired.engine import EngineName, EngineOptions, Quantisation
 from hired.errors import ConfigurationError
 
 
@@ -41,6 +42,25 @@ def _number(text: str) -> int | float | None:
     return None
 
 
+def _mapping(value: Any) -> Any:
+    """A mapping as a flag writes it: {tensor_parallel_size: 2}."""
+    return _yaml(value) if isinstance(value, str) else value
+
+
+def _texts(value: Any) -> Any:
+    """One text, or several in brackets, as a flag writes them."""
+    if not isinstance(value, str):
+        return value
+    return _yaml(value) if value.startswith("[") else (value,)
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{text!r} is not YAML") from error
+
+
 TokenBudget = Annotated[int | float, BeforeValidator(_rate_or_tokens)]
 
 
@@ -53,7 +73,7 @@ class Tree(BaseModel):
 class Pool(Tree):
     """The workers of one stage. What is None is decided from the cluster's size when the job starts."""
 
-    batch_size: int = Field(8, gt=0, description="rows a call")
+    batch_size: int | None = Field(8, gt=0, description="rows a call")
     min_actors: int = Field(1, gt=0, description="workers to start with")
     max_actors: int | None = Field(None, gt=0, description="workers at most; as many as fit if not given")
     num_cpus: float | None = Field(
@@ -72,13 +92,45 @@ class Pool(Tree):
 class PartitionPool(Pool):
     """Workers that decode images: small batches, since one image may take a gigabyte while it is decoded."""
 
-    batch_size: int = Field(2, gt=0, description="rows a call")
+    batch_size: int | None = Field(2, gt=0, description="rows a call")
 
 
 class GeneratePool(Pool):
-    """Workers that write captions: large batches, since decoding is bound by reading the weights."""
+    """Workers that write captions: many rows a call, of which the engine runs as many as memory holds."""
 
-    batch_size: int = Field(16, gt=0, description="rows a call")
+    batch_size: int | None = Field(None, gt=0, description="rows a call; 256 on GPUs, 32 elsewhere")
+
+
+class Engine(Tree):
+    """What continues the prompts, and the memory it may take."""
+
+    name: EngineName = Field("auto", description="the generation engine")
+    kv_cache_gib: float | None = Field(
+        None, gt=0, description="key-value cache of a worker, in GiB; what its share of memory leaves free"
+    )
+    memory_fraction: float = Field(
+        0.9, gt=0, le=1, description="of the memory of a worker's share of its GPU, what it may use"
+    )
+    max_sequences: int | None = Field(
+        None, gt=0, description="sequences decoded together at most; as many as the cache holds if not given"
+    )
+    prefill_tokens: int | None = Field(None, gt=0, description="prompt tokens that one pass computes")
+    quantisation: Quantisation = Field("none", description="bits of the language model's weights")
+    vllm: Annotated[dict[str, Any], BeforeValidator(_mapping)] = Field(
+        {}, description="arguments of vllm.LLM, as they are: {tensor_parallel_size: 2}"
+    )
+
+    def options(self, num_gpus: float) -> EngineOptions:
+        """For a worker that holds so much of a GPU."""
+        return EngineOptions(
+            name=self.name,
+            kv_cache_bytes=None if self.kv_cache_gib is None else int(self.kv_cache_gib * 2**30),
+            memory_fraction=self.memory_fraction * min(1.0, num_gpus or 1.0),
+            max_sequences=self.max_sequences,
+            prefill_tokens=self.prefill_tokens,
+            quantisation=self.quantisation,
+            vllm=self.vllm,
+        )
 
 
 class Config(Tree):
@@ -117,6 +169,16 @@ class Config(Tree):
 
     prompt: str = Field("Describe the image.", min_length=1, description="what to ask about each image")
     max_new_tokens: int = Field(64, gt=0, description="tokens to generate at most")
+    stop: Annotated[tuple[str, ...], BeforeValidator(_texts)] = Field(
+        (), description='texts before which an answer ends: one, or a list such as [".", ";"]'
+    )
+    temperature: float = Field(0.0, ge=0, le=100, description="0 always takes the likeliest token")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="draw from the likeliest tokens that together have this probability"
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="with the row's key, decides what is drawn at a temperature above 0"
+    )
 
     # The worst kind, a WebP with transparency, takes 16 bytes a pixel: 1.2 GB, in a worker of 0.5 GB.
     max_pixels: int = Field(
@@ -133,6 +195,7 @@ class Config(Tree):
     partition: PartitionPool = Field(PartitionPool(), description="decode images and cut them up, on CPUs")
     encode: Pool = Field(Pool(), description="turn partitions into visual tokens")
     generate: GeneratePool = Field(GeneratePool(), description="write the captions")
+    engine: Engine = Field(Engine(), description="continues the prompts")
     autoscaling: bool = Field(
         False, description="the cluster grows on demand: do not insist that all workers fit at the start"
     )

@@ -55,7 +55,7 @@ def _on_gpus(config: Config, cluster: Cluster) -> dict[str, Pool]:
     num_gpus = max(1, int(cluster.num_gpus))
     return {
         "encode": _settled(config.encode, num_gpus, cluster.cpu_share, ENCODE_GPU_SHARE),
-        "generate": _settled(config.generate, num_gpus, cluster.cpu_share, GENERATE_GPU_SHARE),
+        "generate": _settled(config.generate, num_gpus, cluster.cpu_share, GENERATE_GPU_SHARE, 256),
     }
 
 
@@ -63,7 +63,7 @@ def _on_cpus(config: Config, cluster: Cluster) -> dict[str, Pool]:
     cores = int(cluster.num_cpus)
     return {
         "encode": _settled(config.encode, 1, max(cluster.cpu_share, cores // 8), 0.0),
-        "generate": _settled(config.generate, 1, max(cluster.cpu_share, cores // 2 - 1), 0.0),
+        "generate": _settled(config.generate, 1, max(cluster.cpu_share, cores // 2 - 1), 0.0, 32),
     }
 
 
@@ -78,7 +78,9 @@ def _partition_pool(config: Config, cluster: Cluster) -> Pool:
     return _settled(config.partition, int(left / share + 1e-9), share, 0.0)
 
 
-def _settled(pool: Pool, max_actors: int, num_cpus: float, num_gpus: float) -> Pool:
+def _settled(
+    pool: Pool, max_actors: int, num_cpus: float, num_gpus: float, batch_size: int | None = None
+) -> Pool:
     """The pool with these values where it leaves them open."""
     cpus = pool.num_cpus if pool.num_cpus is not None else num_cpus
     update: dict[str, Any] = {
@@ -86,6 +88,7 @@ def _settled(pool: Pool, max_actors: int, num_cpus: float, num_gpus: float) -> P
         "num_cpus": cpus,
         "num_gpus": pool.num_gpus if pool.num_gpus is not None else num_gpus,
         "threads": pool.threads or max(1, int(cpus)),
+        "batch_size": pool.batch_size or batch_size,
     }
     return pool.model_copy(update=update)
 

@@ -10,6 +10,7 @@ Each stage adds two columns: its seconds, shared out over the rows, and its proc
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
@@ -21,6 +22,7 @@ import transformers
 
 from hired import families
 from hired.devices import resolve_handoff_dtype
+from hired.engine import Sampling
 from hired.errors import ConfigurationError, ImageError
 from hired.partitioning import partition
 from hired.types import Caption, Partitions, VisualTokens
@@ -42,6 +44,7 @@ log = logging.getLogger(__name__)
 
 Before = TypeVar("Before")
 After = TypeVar("After")
+Keyed = tuple[str, VisualTokens]
 
 
 class PartitionStage:
@@ -104,18 +107,35 @@ class GenerateStage:
             dtype=dtype,
             newlines=config.newlines,
             positions=config.positions,
+            engine=config.engine.options(config.generate.num_gpus or 0),
         )
-        self._prompt, self._max_new_tokens = config.prompt, config.max_new_tokens
+        self._config = config
 
     def __call__(self, batch: Batch) -> Batch:
         started_s = time.perf_counter()
-        rows = attempt(self.name, to_tokens(batch), self._generate)
+        keyed: list[Keyed | Failure] = [
+            tokens if isinstance(tokens, Failure) else (str(key), tokens)
+            for key, tokens in zip(batch["key"], to_tokens(batch), strict=True)
+        ]
+        rows = attempt(self.name, keyed, self._generate)
         size = {name: batch[name] for name in ("height", "width")}
         return labels(batch) | size | of_captions(rows) | metered(self.name, len(rows), started_s)
 
-    def _generate(self, tokens: Sequence[VisualTokens]) -> Sequence[Caption | Exception]:
-        prompts = [self._prompt] * len(tokens)
-        return self._generator.generate(tokens, prompts, max_new_tokens=self._max_new_tokens)
+    def _generate(self, rows: Sequence[Keyed]) -> Sequence[Caption | Exception]:
+        config = self._config
+        return self._generator.generate(
+            [tokens for _, tokens in rows],
+            [config.prompt] * len(rows),
+            max_new_tokens=config.max_new_tokens,
+            stop=config.stop,
+            sampling=[self._sampling(key) for key, _ in rows],
+        )
+
+    def _sampling(self, key: str) -> Sampling:
+        """The row's own seed, so that it is answered alike in any batch and in any run."""
+        config = self._config
+        digest = hashlib.blake2b(f"{config.seed}/{key}".encode(), digest_size=8).digest()
+        return Sampling(config.temperature, config.top_p, int.from_bytes(digest) >> 1)
 
 
 def attempt(

@@ -265,9 +265,11 @@ class BlockedAttention:
         """A prompt's ``[n, heads * head_dim]``, block by block, each with the keys before its end."""
         num_kv_heads = self._cache.shape.num_kv_heads
         there = slice(segment.start, segment.start + segment.num_after)
-        keys = self._cache.keys[layer, there].permute(1, 2, 0)
-        values = self._cache.values[layer, there].transpose(0, 1)
-        by_head = torch.unflatten(queries.transpose(0, 1), 0, (num_kv_heads, -1)).contiguous()
+        # Products of strided matrices would copy them anew for every block.
+        keys = self._cache.keys[layer, there].permute(1, 2, 0).contiguous()
+        values = self._cache.values[layer, there].transpose(0, 1).contiguous()
+        scaled = queries.transpose(0, 1) * self._scale
+        by_head = torch.unflatten(scaled, 0, (num_kv_heads, -1))
         gathered = torch.empty_like(by_head)
         for first in range(0, segment.num_new, BLOCK):
             block = slice(first, min(first + BLOCK, segment.num_new))
@@ -282,11 +284,11 @@ class BlockedAttention:
         return gathered.permute(2, 0, 1, 3).reshape(segment.num_new, -1)
 
     def _block(self, queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
-        """``[kv_heads, group, queries, head_dim]`` of keys ``[kv_heads, head_dim, k]`` and their values.
+        """``[kv_heads, group, queries, head_dim]`` from scaled queries, turned keys, and values.
 
         ``hidden`` bool ``[queries, m]`` is about the last m keys.
         """
-        scores = torch.bmm(queries.flatten(1, 2), keys).mul_(self._scale)
+        scores = torch.bmm(queries.flatten(1, 2), keys)
         by_query = scores.view(*queries.shape[:3], -1)
         by_query[..., -hidden.shape[1] :].masked_fill_(hidden, -torch.inf)
         return torch.bmm(scores.softmax(-1), values).view_as(queries)

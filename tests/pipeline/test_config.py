@@ -150,3 +150,29 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_documentation_is_current() -> None:
     page = Path(config.__file__).parents[1] / "docs" / "configuration.md"
     assert page.read_text(encoding="utf-8") == config.reference() + "\n", "run: make docs"
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"), [(";", (";",)), ("[a]", ("a",)), ('[".", "a b"]', (".", "a b")), ("[", None)]
+)
+def test_stop_takes_one_text_or_a_list(flag: str, expected: tuple[str, ...] | None) -> None:
+    flags = ["--input", "in", "--output", "out", "--stop", flag]
+    if expected is None:
+        with pytest.raises(ConfigurationError, match="stop"):
+            config.from_command_line(flags)
+    else:
+        assert config.from_command_line(flags).stop == expected
+
+
+def test_arguments_of_vllm_are_passed_through() -> None:
+    flags = [
+        "--input",
+        "in",
+        "--output",
+        "out",
+        "--engine.vllm",
+        "{tensor_parallel_size: 2, quantization: fp8}",
+    ]
+    options = config.from_command_line(flags).engine.options(num_gpus=0.5)
+    assert options.vllm == {"tensor_parallel_size": 2, "quantization": "fp8"}
+    assert options.memory_fraction == pytest.approx(0.45)
