@@ -29,6 +29,10 @@ $(READY): pyproject.toml constraints.txt
 	# torch alone first: pip then takes the CPU build where it finds one, and the default build elsewhere.
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	# Beside the others: transformers imports torchao wherever it finds it, which takes half a second and
+	# prints a page of warnings. The tests of quantised weights look here.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
+	  --target .venv/torchao torchao
 	touch $@
 
 caption: $(READY) ## caption the sample corpus with the embedded model; prints where the results are

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,12 @@ from hired.engine.kv_cache import KVCache, Segment
 from hired.engine.ragged_attention import ragged_attention
 from hired.errors import ConfigurationError
 from tests.language_models import completed, continuous, language_model, request
+
+
+@pytest.fixture(autouse=True)
+def torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `make setup` puts torchao, apart from the packages that all tests see."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / ".venv" / "torchao"))
 
 
 def logits(decoder: Decoder) -> torch.Tensor:
