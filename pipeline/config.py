@@ -99,6 +99,9 @@ class GeneratePool(Pool):
     """Workers that write captions: many rows a call, of which the engine runs as many as memory holds."""
 
     batch_size: int | None = Field(None, gt=0, description="rows a call; 256 on GPUs, 32 elsewhere")
+    concurrent_calls: int = Field(
+        2, gt=0, description="calls at once in a worker: the next one's rows fill the gaps of the one before"
+    )
 
 
 class Engine(Tree):

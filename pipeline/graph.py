@@ -31,11 +31,11 @@ def run_graph(inventory: Inventory, config: Config, cluster: Cluster, sink: Capt
     )
     partitions = _mapped(images, PartitionStage, config.partition, config)
     tokens = _mapped(partitions, EncodeStage, config.encode, config)
-    captions = _mapped(tokens, GenerateStage, config.generate, config)
+    captions = _mapped(tokens, GenerateStage, config.generate, config, config.generate.concurrent_calls)
     captions.write_datasink(sink, ray_remote_args={"num_cpus": cluster.task_cpus})
 
 
-def _mapped(dataset: Any, stage: type, pool: Pool, config: Config) -> Any:
+def _mapped(dataset: Any, stage: type, pool: Pool, config: Config, concurrent_calls: int = 1) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # max_task_retries has no successor yet
         return dataset.map_batches(
@@ -43,7 +43,11 @@ def _mapped(dataset: Any, stage: type, pool: Pool, config: Config) -> Any:
             fn_constructor_args=(config,),
             batch_size=pool.batch_size,
             batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=pool.min_actors,
+                max_size=pool.max_actors,
+                max_concurrent_calls_per_actor=concurrent_calls,
+            ),
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
             udf_modifying_row_count=False,

@@ -5,6 +5,7 @@
 As many rows come out as went in. A row that fails carries its ``Failure`` and is passed on untouched; its
 neighbours are worked on. ``ConfigurationError`` is no row's fault and is raised, and so is an error of the
 accelerator itself, after which nothing on it can be trusted.
+GenerateStage may be called by several threads at once, whose rows share the engine's batches.
 Each stage adds two columns: its seconds, shared out over the rows, and its process's peak resident memory.
 """
 
@@ -110,6 +111,7 @@ class GenerateStage:
             engine=config.engine.options(config.generate.num_gpus or 0),
         )
         self._config = config
+        self._ended_s = 0.0  # when the last call did; several may run at once
 
     def __call__(self, batch: Batch) -> Batch:
         started_s = time.perf_counter()
@@ -119,6 +121,8 @@ class GenerateStage:
         ]
         rows = attempt(self.name, keyed, self._generate)
         size = {name: batch[name] for name in ("height", "width")}
+        # Calls that overlap share their seconds: each is charged from the end of the one before.
+        started_s, self._ended_s = max(started_s, self._ended_s), time.perf_counter()
         return labels(batch) | size | of_captions(rows) | metered(self.name, len(rows), started_s)
 
     def _generate(self, rows: Sequence[Keyed]) -> Sequence[Caption | Exception]:

@@ -10,6 +10,7 @@ import torch
 from hired.engine import Engine, EngineOptions
 from hired.engine.continuous import ContinuousEngine
 from hired.engine.decoder import Decoder, check_supported
+from hired.engine.shared import SharedEngine
 from hired.engine.transformers_engine import TransformersEngine
 from hired.errors import ConfigurationError, ModelError
 
@@ -29,7 +30,9 @@ def new_engine(
     """
     if _is_continuous(model, options):
         decoder = Decoder(model, device=device, quantisation=options.quantisation)
-        return ContinuousEngine(decoder, eos_token_ids=eos_token_ids, decode=decode, options=options)
+        return SharedEngine(
+            ContinuousEngine(decoder, eos_token_ids=eos_token_ids, decode=decode, options=options)
+        )
     if options.quantisation != "none":
         raise ConfigurationError(
             f"quantisation {options.quantisation} needs the engine 'continuous', which this model or these "

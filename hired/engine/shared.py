@@ -1,0 +1,143 @@
+"""One engine for several threads, whose requests share its batches.
+
+A worker of a job is given its next batch while the last sequences of the one before still run, so the batch
+on the device stays full; an endpoint's requests join and leave on their own. One thread runs the engine for
+all streams, so a slow listener holds nobody up.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from queue import SimpleQueue
+
+from hired.engine import Event, Outcome, Request, answers_in_order
+from hired.engine.continuous import ContinuousEngine
+
+
+class SharedEngine:
+    """Gives ``engine`` to any number of threads. Its own thread lives while there are streams.
+
+    An error of the engine, other than those that are a request's outcome, is raised in every stream that was
+    open, and in every later one: nothing on the device can be trusted any more.
+    """
+
+    def __init__(self, engine: ContinuousEngine) -> None:
+        self.engine = engine
+        self._lock = threading.Lock()
+        self._arrived: list[_Stream] = []
+        self._streams: list[_Stream] = []
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def generate(self, requests: Iterable[Request]) -> list[Outcome]:
+        """One answer a request, in order."""
+        return answers_in_order(self.stream(requests))
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Event]:
+        """Events as they come. ``requests`` are taken by the engine's thread, as it has room for them."""
+        stream = _Stream(requests)
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            self._arrived.append(stream)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+                self._thread.start()
+        try:
+            yield from stream.told()
+        finally:
+            stream.closed = True
+
+    def _run(self) -> None:
+        try:
+            while self._has_streams():
+                self._feed()
+                self._tell(self.engine.step())
+        except Exception as error:
+            with self._lock:
+                self._error = error
+                for stream in (*self._streams, *self._arrived):
+                    stream.end(error)
+
+    def _has_streams(self) -> bool:
+        """Takes the streams that arrived; with none left the thread ends, and holds no model any longer."""
+        with self._lock:
+            self._streams += self._arrived
+            self._arrived.clear()
+            if not self._streams:
+                self._thread = None
+        return bool(self._streams)
+
+    def _feed(self) -> None:
+        """One request of each stream in turn, while there is room."""
+        waiting = self._streams
+        while waiting:
+            waiting = [s for s in waiting if self.engine.has_room and s.submit_next(self.engine)]
+
+    def _tell(self, events: list[Event]) -> None:
+        for stream in self._streams:
+            stream.tell(events, self.engine)
+        self._streams = [stream for stream in self._streams if not stream.ended]
+
+
+class _Stream:
+    """The requests of one caller, and what it has not heard yet."""
+
+    def __init__(self, requests: Iterable[Request]) -> None:
+        self._source = enumerate(requests)
+        self._exhausted = False
+        self._index_of: dict[int, int] = {}
+        self._news: SimpleQueue[list[Event] | Exception | None] = SimpleQueue()
+        self.closed = False
+        self.ended = False
+
+    def submit_next(self, engine: ContinuousEngine) -> bool:
+        """Whether there was another request. An error of the caller's own iterator is its own."""
+        if self._exhausted or self.closed or self.ended:
+            return False
+        try:
+            index, request = next(self._source)
+        except StopIteration:
+            self._exhausted = True
+            return False
+        except Exception as error:
+            self._cancel(engine)
+            self.end(error)
+            return False
+        self._index_of[engine.submit(request)] = index
+        return True
+
+    def tell(self, events: list[Event], engine: ContinuousEngine) -> None:
+        """Passes on what concerns this stream, and ends it after its last request."""
+        if self.closed and not self.ended:
+            self._cancel(engine)
+            self.end()
+        own = [
+            Event(self._index_of[event.index], event.token_id, event.outcome)
+            for event in events
+            if event.index in self._index_of
+        ]
+        for event in events:
+            if event.outcome is not None:
+                self._index_of.pop(event.index, None)
+        if own:
+            self._news.put(own)
+        if self._exhausted and not self._index_of and not self.ended:
+            self.end()
+
+    def told(self) -> Iterator[Event]:
+        """What the engine's thread passes on, in the caller's thread."""
+        for news in iter(self._news.get, None):
+            if isinstance(news, Exception):
+                raise news
+            yield from news
+
+    def end(self, error: Exception | None = None) -> None:
+        self.ended = True
+        self._news.put(error)
+
+    def _cancel(self, engine: ContinuousEngine) -> None:
+        for handle in self._index_of:
+            engine.cancel(handle)
+        self._index_of.clear()
