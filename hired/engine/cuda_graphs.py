@@ -86,7 +86,8 @@ class DecodeGraphs:
                 self._forward(columns, last_ids, num_keys)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Only this thread's calls belong to the graph: another may be encoding.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = self._forward(columns, last_ids, num_keys)
         return _Captured(graph, columns, logits)
 

@@ -13,6 +13,7 @@ layer's sliding window.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,11 +42,20 @@ def ragged_attention(cache: KVCache) -> RaggedAttention:
     """The fastest way for the cache's device and dtype."""
     half = cache.shape.dtype in (torch.bfloat16, torch.float16)
     if cache.device.type == "cuda" and half:
-        if torch.cuda.get_device_capability(cache.device) >= FIRST_BFLOAT16_GPU:
+        if torch.cuda.get_device_capability(cache.device) >= FIRST_BFLOAT16_GPU and _reads_extents():
             return VarlenAttention(cache)
     elif cache.device.type == "cpu" and half:
         return BlockedAttention(cache)
     return FusedAttention(cache)
+
+
+def _reads_extents() -> bool:
+    """Whether this torch's kernel takes keys of which only the first ones count."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return "seqused_k" in inspect.signature(varlen_attn).parameters
 
 
 class VarlenAttention:

@@ -128,7 +128,7 @@ class _Stream:
 
     def told(self) -> Iterator[Event]:
         """What the engine's thread passes on, in the caller's thread."""
-        for news in iter(self._news.get, None):
+        while (news := self._news.get()) is not None:
             if isinstance(news, Exception):
                 raise news
             yield from news
