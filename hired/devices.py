@@ -42,6 +42,11 @@ def resolve_handoff_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     return torch.float32 if dtype in (torch.float32, "float32") else torch.float16
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor on the device, there when the current stream comes to it."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def describe_hardware(device: str | torch.device) -> str:
     """The GPU, or the processor and the cores that this process may use, in words for a results file."""
     device = torch.device(device)

@@ -7,24 +7,27 @@ alone and in company. Nothing waits for the device until the results are copied 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from hired import policies
+from hired.batches import Batch, batches, few_sizes
 from hired.budget import Budget
+from hired.devices import sent
 from hired.errors import ConfigurationError, ModelError
-from hired.geometry import Tiling, real_patches, sub_image_overlap
-from hired.policies import Candidates, Policy
+from hired.geometry import Tiling
+from hired.policies import Policy
 from hired.tower import Sight, Tower
+from hired.transfer import on_device, on_host
 from hired.types import Partitions, VisualTokens
 
-# 18,000 patches fill a GPU, and the MLP of a ViT-L/14-336 then holds 0.3 GB at half precision.
-MAX_PARTITIONS = 32
+# 32 partitions of 576 patches fill a GPU; the MLP of a ViT-L then holds 0.3 GB at half precision.
+MAX_PATCHES_ON_GPU = 32 * 576
+# One image of five partitions: a CPU gains nothing from more, and loses a tenth when caches overflow.
+MAX_PATCHES_ON_CPU = 5 * 576
 
 
 class Encoder:
@@ -32,8 +35,10 @@ class Encoder:
 
     ``tower`` is a ``CLIPVisionModel`` of transformers; layers above the feature layer may be missing.
     ``feature_layer`` indexes its ``hidden_states``, so -2 is the output of the last layer but one.
-    ``handoff_dtype`` is what features travel in; ``max_partitions`` bounds memory (an image is never split).
-    Raises ModelError for towers that do not fit.
+    ``handoff_dtype`` is what features travel in. ``max_patches`` that go through the tower together bound
+    memory (an image is never split); by default what the device needs to be busy. ``compile`` runs the layers
+    of large batches compiled: a wait when a batch size is first met, of which there are at most eight.
+    Raises ModelError for towers that do not fit, ConfigurationError for a ``max_patches`` below one.
     """
 
     def __init__(
@@ -45,18 +50,24 @@ class Encoder:
         image_mean: Sequence[float],
         image_std: Sequence[float],
         handoff_dtype: torch.dtype = torch.float16,
-        max_partitions: int = MAX_PARTITIONS,
+        max_patches: int | None = None,
+        compile: bool = False,
     ) -> None:
+        if max_patches is not None and max_patches < 1:
+            raise ConfigurationError(f"max_patches={max_patches} lets nothing through; give 1 or more")
         self._tower = Tower(tower)
         if (self._tower.side, self._tower.patch_size) != (tiling.side, tiling.patch_size):
             raise ModelError(
                 f"the tower sees {self._tower.side} px in patches of {self._tower.patch_size} px, "
                 f"the tiling cuts {tiling.side} px in patches of {tiling.patch_size} px"
             )
+        on_gpu = self._tower.device.type == "cuda"
+        self.max_patches = max_patches or (MAX_PATCHES_ON_GPU if on_gpu else MAX_PATCHES_ON_CPU)
+        self._max_partitions = max(1, self.max_patches // tiling.patches_per_side**2)
+        self._sizes = few_sizes(self._max_partitions) if compile else ()
         self.tiling = tiling
         self.feature_layer = self._tower.layer_of(feature_layer)
         self.handoff_dtype = handoff_dtype
-        self.max_partitions = max_partitions
         self._mean, self._std = (
             torch.tensor(values, device=self._tower.device)[:, None, None]
             for values in (image_mean, image_std)
@@ -72,7 +83,9 @@ class Encoder:
         were cut for another tower.
         """
         policy = policies.get(policy) if isinstance(policy, str) else policy
-        selections = [self._select(batch, budget, policy) for batch in self._batches(partitions)]
+        selections = [
+            self._select(batch, copy, budget, policy) for batch, copy in self._on_device(partitions)
+        ]
         return _visual_tokens(selections, policy)
 
     @torch.no_grad()
@@ -88,38 +101,35 @@ class Encoder:
             raise ConfigurationError(
                 f"this tower has the layers 0 to {self._tower.num_layers - 1}; {list(layers)} were asked for"
             )
-        maps = []
-        for batch in self._batches(partitions):
-            from_cls = self._tower.look(self._normalised(batch.pixels), max(layers), layers).from_cls
-            stacked = torch.stack([from_cls[layer] for layer in layers]).cpu()
-            for image in torch.split(stacked, batch.num_partitions, dim=1):
-                maps.append(dict(zip(layers, image.unbind(), strict=True)))
-        return maps
+        stacked, num_partitions = [], []
+        for batch, copy in self._on_device(partitions):
+            from_cls = self._look(copy, max(layers), layers).from_cls
+            maps = torch.stack([from_cls[layer] for layer in layers])
+            stacked.append(maps[:, : sum(batch.num_partitions)])
+            num_partitions.append(batch.num_partitions)
+        return [
+            dict(zip(layers, image.unbind(), strict=True))
+            for maps, num in zip(on_host(stacked), num_partitions, strict=True)
+            for image in torch.split(maps, num, dim=1)
+        ]
 
-    def _batches(self, images: Sequence[Partitions]) -> Iterator[_Batch]:
-        """Neighbouring images, as many as ``max_partitions`` allows and at least one."""
-        batch: list[Partitions] = []
-        num_partitions = 0
-        for image in images:
-            if image.side != self.tiling.side:
-                raise ConfigurationError(
-                    f"partitions of {image.side} px do not fit a tower for {self.tiling.side} px; cut images "
-                    "with the tiling of the model that encodes them"
-                )
-            if batch and num_partitions + image.grid.num_partitions > self.max_partitions:
-                yield _Batch.of(batch, self.tiling)
-                batch, num_partitions = [], 0
-            batch.append(image)
-            num_partitions += image.grid.num_partitions
-        if batch:
-            yield _Batch.of(batch, self.tiling)
+    def _on_device(self, images: Sequence[Partitions]) -> Iterator[tuple[Batch, Batch]]:
+        """Batches as they are on the host and on the tower's device."""
+        return on_device(batches(images, self.tiling, self._max_partitions, self._sizes), self._tower.device)
+
+    def _look(self, copy: Batch, last_layer: int, read_layers: Sequence[int]) -> Sight:
+        pixels = self._normalised(copy.pixels)
+        return self._tower.look(pixels, last_layer, read_layers, compiled=len(pixels) in self._sizes)
 
     def _normalised(self, pixels: Tensor) -> Tensor:
-        """uint8 ``[n, side, side, 3]`` to float32 ``[n, 3, side, side]``, as the image processor would."""
-        channels_first = pixels.to(self._tower.device, non_blocking=True).permute(0, 3, 1, 2)
-        return (channels_first / 255 - self._mean) / self._std
+        """uint8 ``[n, side, side, 3]`` to float32 ``[n, 3, side, side]``, as the image processor would.
 
-    def _select(self, batch: _Batch, budget: Budget, policy: Policy) -> _Selection:
+        To the same bits, in place; channels stay last in memory, as convolutions like it.
+        """
+        return pixels.permute(0, 3, 1, 2).float().div_(255).sub_(self._mean).div_(self._std)
+
+    def _select(self, batch: Batch, copy: Batch, budget: Budget, policy: Policy) -> _Selection:
+        """Queues all work on a batch; ``copy`` is the one on the device."""
         layers = policy.layers(self.feature_layer)
         if not all(0 <= layer <= self.feature_layer for layer in layers):
             raise ConfigurationError(
@@ -127,9 +137,15 @@ class Encoder:
                 f"{self.feature_layer}, and none above it is run"
             )
         limits = [policy.num_tokens(budget, real) for real in batch.real_by_image]
-        sight = self._tower.look(self._normalised(batch.pixels), self.feature_layer, layers)
-        row = batch.row.to(self._tower.device, non_blocking=True)
-        candidates = self._candidates(batch, sight, row, limits, budget.alpha)
+        sight = self._look(copy, self.feature_layer, layers)
+        candidates = copy.candidates(
+            num_tokens=sent(torch.tensor(limits), self._tower.device),
+            alpha=budget.alpha,
+            feature_layer=self.feature_layer,
+            from_cls=sight.from_cls,
+            keys=sight.keys,
+            features=sight.features,
+        )
         keep = policy.select(candidates)
         if keep.shape != candidates.real.shape or keep.dtype != torch.bool:
             raise ConfigurationError(
@@ -139,80 +155,8 @@ class Encoder:
         # The size is known beforehand, so nothing waits for it; -1 fills what a policy leaves unused.
         places = keep.nonzero_static(size=sum(map(min, limits, batch.num_before)), fill_value=-1)
         image, partition, patch = places.clamp(min=0).unbind(-1)
-        features = sight.features_at(row[image, partition], patch).to(self.handoff_dtype)
-        return _Selection(batch, limits, features, places, keep.sum((1, 2)))
-
-    def _candidates(
-        self, batch: _Batch, sight: Sight, row: Tensor, limits: Sequence[int], alpha: float
-    ) -> Candidates:
-        present, real, overlap, num_tokens = (
-            tensor.to(self._tower.device, non_blocking=True)
-            for tensor in (batch.present, batch.real, batch.overlap, torch.tensor(limits))
-        )
-
-        def by_image(values: Tensor) -> Tensor:
-            """From ``[n, patches, ...]`` of all partitions to ``[images, partitions, patches, ...]``."""
-            absent = ~present.reshape(present.shape + (1,) * (values.ndim - 2))
-            return values[row].masked_fill(absent, 0)
-
-        return Candidates(
-            present=present,
-            real=real,
-            overlap=overlap,
-            num_tokens=num_tokens,
-            alpha=alpha,
-            feature_layer=self.feature_layer,
-            cls_attention={layer: by_image(attention) for layer, attention in sight.from_cls.items()},
-            keys=lambda: by_image(sight.keys()),
-            features=lambda: by_image(sight.features()),
-        )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Batch:
-    """Images whose partitions go through the tower together; on the host.
-
-    ``pixels`` are those of all partitions, one image after the other; ``row`` int64 ``[images, partitions]``
-    says where among them a partition of an image lies. For the other tensors see ``Candidates``.
-    """
-
-    images: tuple[Partitions, ...]
-    pixels: Tensor
-    row: Tensor
-    present: Tensor
-    real: Tensor
-    overlap: Tensor
-
-    @classmethod
-    def of(cls, images: Sequence[Partitions], tiling: Tiling) -> _Batch:
-        per_side, side = tiling.patches_per_side, tiling.side
-        num_partitions = [image.grid.num_partitions for image in images]
-        rows = torch.split(torch.arange(sum(num_partitions)), num_partitions)
-        real = [real_patches(image.original_size, image.grid, per_side) for image in images]
-        overlap = [sub_image_overlap(image.original_size, image.grid, per_side, side) for image in images]
-        return cls(
-            images=tuple(images),
-            pixels=torch.from_numpy(np.concatenate([image.pixels for image in images])),
-            row=pad_sequence(list(rows), batch_first=True),
-            present=pad_sequence([torch.ones_like(mask) for mask in real], batch_first=True),
-            real=pad_sequence(real, batch_first=True),
-            overlap=pad_sequence(overlap, batch_first=True),
-        )
-
-    @property
-    def num_partitions(self) -> list[int]:
-        return [image.grid.num_partitions for image in self.images]
-
-    @property
-    def num_before(self) -> list[int]:
-        """The real tokens of each image."""
-        counts: list[int] = self.real.sum((1, 2)).tolist()
-        return counts
-
-    @property
-    def real_by_image(self) -> list[Tensor]:
-        """Bool ``[k + 1, patches]`` of each image, without absent partitions."""
-        return [real[:num] for real, num in zip(self.real, self.num_partitions, strict=True)]
+        features = sight.features_at(copy.row[image, partition], patch).to(self.handoff_dtype)
+        return _Selection(batch.images, batch.real, limits, features, places, keep.sum((1, 2)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -220,10 +164,12 @@ class _Selection:
     """What remains of a batch: features ``[m, d]`` and ``places`` int64 ``[m, 3]``.
 
     A place is image, partition and patch, sorted; places that the policy left unused are -1 and come last.
-    ``num_kept`` ``[images]`` is what the policy kept, ``limits`` what it might have.
+    ``num_kept`` ``[images]`` is what the policy kept, ``limits`` what it might have; ``real`` stays on the
+    host, see ``Candidates``.
     """
 
-    batch: _Batch
+    images: tuple[Partitions, ...]
+    real: Tensor
     limits: list[int]
     features: Tensor
     places: Tensor
@@ -232,21 +178,16 @@ class _Selection:
 
 def _visual_tokens(selections: Sequence[_Selection], policy: Policy) -> list[VisualTokens]:
     """Copies everything to the host, at once, and divides it among the images."""
-    if not selections:
-        return []
-    num_places = [len(selection.places) for selection in selections]
-    num_images = [len(selection.limits) for selection in selections]
-    features = torch.split(torch.cat([s.features for s in selections]).cpu(), num_places)
-    places = torch.split(torch.cat([s.places for s in selections]).cpu(), num_places)
-    num_kept = torch.split(torch.cat([s.num_kept for s in selections]).cpu(), num_images)
+    copies = on_host([t for s in selections for t in (s.features, s.places, s.num_kept)])
     tokens = []
-    for selection, *on_host in zip(selections, features, places, num_kept, strict=True):
-        tokens += _by_image(_Selection(selection.batch, selection.limits, *on_host), policy)
+    for number, selection in enumerate(selections):
+        features, places, num_kept = copies[3 * number : 3 * number + 3]
+        tokens += _by_image(replace(selection, features=features, places=places, num_kept=num_kept), policy)
     return tokens
 
 
 def _by_image(selection: _Selection, policy: Policy) -> list[VisualTokens]:
-    batch, num_kept = selection.batch, selection.num_kept.tolist()
+    num_kept, num_real = selection.num_kept.tolist(), selection.real.sum((1, 2)).tolist()
     _check_promises(selection, num_kept, policy)
     features = torch.split(selection.features[: sum(num_kept)], num_kept)
     places = torch.split(selection.places[: sum(num_kept)], num_kept)
@@ -261,7 +202,7 @@ def _by_image(selection: _Selection, policy: Policy) -> list[VisualTokens]:
             num_before=num_before,
         )
         for image, num_before, own_features, own_places in zip(
-            batch.images, batch.num_before, features, places, strict=True
+            selection.images, num_real, features, places, strict=True
         )
     ]
 
@@ -273,5 +214,5 @@ def _check_promises(selection: _Selection, num_kept: Sequence[int], policy: Poli
                 f"the policy {policy.name!r} kept {num} tokens of an image; it may keep 1 to {limit}"
             )
     used = selection.places[: sum(num_kept)]
-    if len(used) < sum(num_kept) or not selection.batch.real[used.unbind(-1)].all():
+    if len(used) < sum(num_kept) or not selection.real[used.unbind(-1)].all():
         raise ConfigurationError(f"the policy {policy.name!r} kept padding")

@@ -4,16 +4,22 @@ Runs up to the layer whose output is wanted; those above are never run, and may 
 output projection and MLP wait until it is known which patches are kept. Its attention runs for all: queries
 and the fused kernel are 2.6 of a ViT-L/14-336 layer's 16 GFLOP a partition, so sparing four fifths of them
 would save half a percent of the tower.
+
+Elementwise work is done in place, to the same bits as in transformers: on CPUs, where it is bound by memory,
+the activation takes half the time. Compilation fuses it with its neighbours. One matrix product for queries,
+keys and values was measured too, and gained nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.activations import QuickGELUActivation
 
 from hired.attention import Attention
 from hired.errors import ModelError
@@ -22,7 +28,7 @@ from hired.errors import ModelError
 class Tower:
     """The modules of a ``CLIPVisionModel``, with fused attention whatever the module's own setting.
 
-    Raises ModelError for other modules.
+    Raises ModelError for modules that are no CLIP tower.
     """
 
     def __init__(self, module: Any) -> None:
@@ -61,20 +67,34 @@ class Tower:
             raise ModelError(f"hidden state {hidden_state} is the output of none of {self.num_layers} layers")
         return layer
 
-    def look(self, pixels: Tensor, last_layer: int, read_layers: Collection[int] = ()) -> Sight:
+    def look(
+        self,
+        pixels: Tensor,
+        last_layer: int,
+        read_layers: Collection[int] = (),
+        *,
+        compiled: bool = False,
+    ) -> Sight:
         """Runs up to the attention of ``last_layer``, reading what CLS attends to in ``read_layers``.
 
-        ``pixels`` are normalised, ``[n, 3, side, side]``; they are rounded to the tower's dtype.
+        ``pixels`` are normalised, ``[n, 3, side, side]``; they are rounded to the tower's dtype. The layers
+        between run ``compiled`` for this very ``n``: a wait of seconds to a minute the first time.
         """
+        through = _compiled() if compiled else _through
         states = self._module.pre_layrnorm(self._module.embeddings(pixels))
         from_cls = {}
-        for index, layer in enumerate(self._layers[: last_layer + 1]):
-            attention = Attention.of(layer.self_attn, layer.layer_norm1(states))
+        for index, layer in enumerate(self._layers[:last_layer]):
             if index in read_layers:
+                attention = _attention(layer, states)
                 from_cls[index] = attention.from_cls()
-            if index < last_layer:
                 states = _after_attention(layer, states, attention.context())
-        return Sight(layer, states, attention.keys, attention.context(), from_cls)
+            else:
+                states = through(layer, states)
+        last = self._layers[last_layer]
+        attention = _attention(last, states)
+        if last_layer in read_layers:
+            from_cls[last_layer] = attention.from_cls()
+        return Sight(last, states, attention.keys, attention.context(), from_cls)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,7 +126,29 @@ class Sight:
         return self.keys_by_head.transpose(1, 2).flatten(2)[:, 1:]
 
 
+def _through(layer: Any, states: Tensor) -> Tensor:
+    return _after_attention(layer, states, _attention(layer, states).context())
+
+
+@cache
+def _compiled() -> Callable[[Any, Tensor], Tensor]:
+    """``_through`` compiled once for all layers of a tower, which share their code, and each batch size."""
+    return torch.compile(_through, dynamic=False)
+
+
+def _attention(layer: Any, states: Tensor) -> Attention:
+    return Attention.of(layer.self_attn, layer.layer_norm1(states))
+
+
 def _after_attention(layer: Any, states: Tensor, context: Tensor) -> Tensor:
-    states = states + layer.self_attn.out_proj(context)
-    output: Tensor = states + layer.mlp(layer.layer_norm2(states))
+    states = layer.self_attn.out_proj(context).add_(states)
+    hidden = layer.mlp.fc1(layer.layer_norm2(states))
+    output: Tensor = layer.mlp.fc2(_activated(hidden, layer.mlp.activation_fn)).add_(states)
     return output
+
+
+def _activated(hidden: Tensor, activation: Any) -> Tensor:
+    if isinstance(activation, QuickGELUActivation):  # CLIP's own: x * sigmoid(1.702 x)
+        return hidden.mul_((1.702 * hidden).sigmoid_())
+    activated: Tensor = activation(hidden)
+    return activated

@@ -95,6 +95,15 @@ class PartitionPool(Pool):
     batch_size: int | None = Field(2, gt=0, description="rows a call")
 
 
+class EncodePool(Pool):
+    """Workers that see: their batches are bounded by patches, whatever the images' grids."""
+
+    max_patches: int | None = Field(
+        None, gt=0, description="patches that go through the tower together; 18,432 on GPUs, 2,880 elsewhere"
+    )
+    compile: bool = Field(False, description="compile the tower's layers, which takes minutes at the start")
+
+
 class GeneratePool(Pool):
     """Workers that write captions: many rows a call, of which the engine runs as many as memory holds."""
 
@@ -196,7 +205,7 @@ class Config(Tree):
     rows_per_file: int = Field(5000, gt=0, description="rows an output file should hold")
 
     partition: PartitionPool = Field(PartitionPool(), description="decode images and cut them up, on CPUs")
-    encode: Pool = Field(Pool(), description="turn partitions into visual tokens")
+    encode: EncodePool = Field(EncodePool(), description="turn partitions into visual tokens")
     generate: GeneratePool = Field(GeneratePool(), description="write the captions")
     engine: Engine = Field(Engine(), description="continues the prompts")
     autoscaling: bool = Field(

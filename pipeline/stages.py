@@ -81,7 +81,13 @@ class EncodeStage:
     def __init__(self, config: Config) -> None:
         prepare_worker(config.encode)
         device, dtype = placement(config)
-        self._encoder = families.load_encoder(resolve(config.model), device=device, dtype=dtype)
+        self._encoder = families.load_encoder(
+            resolve(config.model),
+            device=device,
+            dtype=dtype,
+            max_patches=config.encode.max_patches,
+            compile=config.encode.compile,
+        )
         self._handoff_dtype = resolve_handoff_dtype(dtype)
         self._budget, self._policy = config.budget, config.policy
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hired.devices import sent
 from hired.engine import EngineOptions, Event, Outcome, Request, answers_in_order
 from hired.engine.answer import Answer
 from hired.engine.cuda_graphs import DecodeGraphs
@@ -235,10 +236,9 @@ class ContinuousEngine:
 
     def _logits(self, segments: list[tuple[Sequence, Segment]]) -> tuple[Tensor, list[int]]:
         """Scores for the next token of the sequences whose prompts are complete, and which those are."""
-        device = self.decoder.device
         embeddings, positions = self._inputs(segments)
         attend = self._attention.attend([segment for _, segment in segments])
-        states = self.decoder.forward(embeddings, positions.to(device, non_blocking=True), attend)
+        states = self.decoder.forward(embeddings, sent(positions, self.decoder.device), attend)
         last, rows, end = [], [], 0
         for row, (sequence, segment) in enumerate(segments):
             end += segment.num_new
@@ -266,7 +266,7 @@ class ContinuousEngine:
         return torch.cat(tokens), torch.cat(positions)
 
     def _places(self, indices: Several[int]) -> Tensor:
-        return torch.tensor(indices, dtype=torch.int64).to(self.decoder.device, non_blocking=True)
+        return sent(torch.tensor(indices, dtype=torch.int64), self.decoder.device)
 
     def _keep_prefix(self, sequence: Sequence) -> None:
         """Once the first prompt of its kind is past it, its shared prefix is computed for all."""

@@ -3,9 +3,9 @@
 ``VarlenAttention`` is one kernel for all sequences, on GPUs of compute capability 8.0 or higher.
 ``FusedAttention`` is torch's scaled_dot_product_attention, one call for each run of equal extents that lie
 side by side; for older GPUs, and for float32 everywhere.
-``BlockedAttention`` is for bfloat16 on CPUs. The fused kernel reads 1 to 2.5 GB/s a core there while decoding
-and computes 0.07 TFLOP/s while prefilling; plain matrix products, which use the tile units, read 8 GB/s and
-compute 0.12 TFLOP/s (Xeon with AMX, 16 heads of 64, 2,928 tokens).
+``BlockedAttention`` is for half precision on CPUs. The fused kernel reads 4 GB/s there while decoding and
+computes 0.13 TFLOP/s while prefilling; plain matrix products read 14 GB/s and compute 0.19 TFLOP/s (two cores
+with AVX512-BF16, 16 heads of 64, 2,928 tokens).
 
 All write the new keys and values first, and let a token see what its sequence holds up to itself, within the
 layer's sliding window.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 
-from hired.devices import FIRST_BFLOAT16_GPU
+from hired.devices import FIRST_BFLOAT16_GPU, sent
 from hired.engine.decoder import Attend
 from hired.engine.kv_cache import KVCache, Segment, places_of
 
@@ -73,9 +73,9 @@ class VarlenAttention:
             [*(segment.start for segment in segments), self._cache.num_places],
             [*(segment.num_after for segment in segments), 0],
         ]
-        first_query, first_key, num_keys = _to_device(torch.tensor(columns, dtype=torch.int32), device)
+        first_query, first_key, num_keys = sent(torch.tensor(columns, dtype=torch.int32), device)
         return self.attend_at(
-            _to_device(places_of(segments), device),
+            sent(places_of(segments), device),
             first_query,
             first_key,
             num_keys[:-1],
@@ -133,7 +133,7 @@ class FusedAttention:
     def attend(self, segments: Sequence[Segment]) -> Attend:
         """See RaggedAttention."""
         cache = self._cache
-        places = _to_device(places_of(segments), cache.device)
+        places = sent(places_of(segments), cache.device)
         runs = list(_runs(segments, cache.shape.windows, cache.device))
 
         def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ def _mask(run: Sequence[Segment], num_keys: int, window: int | None, device: tor
     query = last - torch.arange(run[0].num_new - 1, -1, -1)[:, None]
     key = torch.arange(num_keys)
     seen = key <= query if window is None else (key <= query) & (key > query - window)
-    return _to_device(seen, device)
+    return sent(seen, device)
 
 
 class BlockedAttention:
@@ -243,7 +243,7 @@ class BlockedAttention:
     def attend(self, segments: Sequence[Segment]) -> Attend:
         """See RaggedAttention."""
         cache = self._cache
-        places = _to_device(places_of(segments), cache.device)
+        places = sent(places_of(segments), cache.device)
         counts = [segment.num_new for segment in segments]
 
         def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -308,9 +308,3 @@ def _hidden(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     """Bool ``[queries, keys]``: keys after the query, and those that the window has left behind."""
     hidden = key > query[:, None]
     return hidden if window is None else hidden | (key <= query[:, None] - window)
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor

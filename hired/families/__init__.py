@@ -32,7 +32,13 @@ class Family(Protocol):
     def tiling(self, path: Path) -> Tiling: ...
 
     def load_encoder(
-        self, path: Path, device: torch.device, dtype: torch.dtype, handoff_dtype: torch.dtype
+        self,
+        path: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        handoff_dtype: torch.dtype,
+        max_patches: int | None,
+        compile: bool,
     ) -> Encoder: ...
 
     def load_generator(
@@ -76,11 +82,13 @@ def load_encoder(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     handoff_dtype: torch.dtype | None = None,
+    max_patches: int | None = None,
+    compile: bool = False,
 ) -> Encoder:
-    """The half that sees. Defaults are those of ``hired.devices``."""
+    """The half that sees. Defaults are those of ``hired.devices``; for the rest see ``Encoder``."""
     place = resolve_device(device)
     handoff = handoff_dtype or resolve_handoff_dtype(dtype)
-    return family(path).load_encoder(path, place, resolve_dtype(dtype, place), handoff)
+    return family(path).load_encoder(path, place, resolve_dtype(dtype, place), handoff, max_patches, compile)
 
 
 def load_generator(

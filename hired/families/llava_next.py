@@ -55,7 +55,14 @@ def tiling(path: Path) -> Tiling:
     return _tiling(_config(path), _image_processor(path), path)
 
 
-def load_encoder(path: Path, device: torch.device, dtype: torch.dtype, handoff_dtype: torch.dtype) -> Encoder:
+def load_encoder(
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    handoff_dtype: torch.dtype,
+    max_patches: int | None,
+    compile: bool,
+) -> Encoder:
     """The tower and what prepares its pixels."""
     config, processor = _config(path), _image_processor(path)
     half = load_weights(LlavaNextVisionHalf, path, device, dtype)
@@ -66,6 +73,8 @@ def load_encoder(path: Path, device: torch.device, dtype: torch.dtype, handoff_d
         image_mean=processor.image_mean,
         image_std=processor.image_std,
         handoff_dtype=handoff_dtype,
+        max_patches=max_patches,
+        compile=compile,
     )
 
 

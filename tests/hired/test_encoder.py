@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import warnings
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -22,6 +23,7 @@ from hired.errors import ConfigurationError, ModelError
 from hired.geometry import Tiling
 from hired.partitioning import partition
 from hired.policies import Candidates, Policy
+from hired.tower import _through
 from hired.types import Grid, Partitions, Size, VisualTokens
 from tests.pictures import picture
 from tests.towers import GRIDS, IMAGE_MEAN, IMAGE_STD, encoder_of, tiling_of, tiny_tower
@@ -229,11 +231,11 @@ def assert_same(tokens: VisualTokens, others: VisualTokens) -> None:
 
 class TestBatches:
     @pytest.mark.parametrize("policy", ["hired", "hired-reference", "keep-all"])
-    @pytest.mark.parametrize("max_partitions", [1, 7, 10_000])
+    @pytest.mark.parametrize("max_patches", [1, 7 * 16, 10_000])
     def test_an_image_is_the_same_alone_and_in_company(
-        self, tower: CLIPVisionModel, images: list[Partitions], policy: str, max_partitions: int
+        self, tower: CLIPVisionModel, images: list[Partitions], policy: str, max_patches: int
     ) -> None:
-        encoder = encoder_of(tower, max_partitions=max_partitions)
+        encoder = encoder_of(tower, max_patches=max_patches)
         together = encoder.encode(images, budget=Budget(rate=0.2), policy=policy)
         for image, tokens in zip(images, together, strict=True):
             [alone] = encoder.encode([image], budget=Budget(rate=0.2), policy=policy)
@@ -253,15 +255,43 @@ class TestBatches:
         assert encoder.encode([], budget=Budget(rate=0.2)) == []
         assert encoder.cls_attention([]) == []
 
-    def test_memory_is_bounded_by_the_number_of_partitions(
+    def test_memory_is_bounded_by_the_number_of_patches(
         self, tower: CLIPVisionModel, images: list[Partitions]
     ) -> None:
         sizes = []
         handle = tower.embeddings.register_forward_hook(lambda _, __, states: sizes.append(len(states)))
-        encoder_of(tower, max_partitions=8).encode(images, budget=Budget(rate=0.2))
+        encoder_of(tower, max_patches=8 * 16 + 15).encode(images, budget=Budget(rate=0.2))
         handle.remove()
         assert max(sizes) <= 8
         assert sum(sizes) == sum(image.grid.num_partitions for image in images)
+
+    def test_filled_up_batches_through_compiled_layers_keep_the_same_tokens(
+        self, encoder: Encoder, images: list[Partitions], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        torch.compiler.reset()
+        compiled = torch.compile(_through, dynamic=False, backend="eager")  # needs no compiler of C++
+        monkeypatch.setattr("hired.tower._compiled", lambda: compiled)
+        tower = tiny_tower()
+        filling = encoder_of(tower, max_patches=32 * 16, compile=True)
+        sizes: list[int] = []
+        tower.embeddings.register_forward_hook(lambda _, __, states: sizes.append(len(states)))
+        for policy in ("hired", "keep-all"):
+            for tokens, others in zip(
+                filling.encode(images, budget=Budget(rate=0.3), policy=policy),
+                encoder.encode(images, budget=Budget(rate=0.3), policy=policy),
+                strict=True,
+            ):
+                assert_same(tokens, others)
+        assert sum(sizes) > 2 * sum(image.grid.num_partitions for image in images)
+        for maps, expected in zip(filling.cls_attention(images), encoder.cls_attention(images), strict=True):
+            torch.testing.assert_close(maps, expected)
+
+    @pytest.mark.parametrize("max_patches", [0, -1])
+    def test_a_bound_that_lets_nothing_through_is_refused(
+        self, tower: CLIPVisionModel, max_patches: int
+    ) -> None:
+        with pytest.raises(ConfigurationError, match="lets nothing through"):
+            encoder_of(tower, max_patches=max_patches)
 
     def test_an_image_does_not_carry_its_neighbours_along(
         self, encoder: Encoder, images: list[Partitions]
@@ -295,11 +325,10 @@ class TestWork:
     def test_only_kept_tokens_go_through_the_feature_layers_mlp(self, images: list[Partitions]) -> None:
         tower = tiny_tower()
         rows = []
-        tower.encoder.layers[2].mlp.register_forward_hook(
-            lambda _, __, output: rows.append(output.shape[:-1].numel())
-        )
+        for linear in (tower.encoder.layers[2].mlp.fc1, tower.encoder.layers[2].self_attn.out_proj):
+            linear.register_forward_hook(lambda _, __, output: rows.append(output.shape[:-1].numel()))
         results = encoder_of(tower).encode(images, budget=Budget(rate=0.2))
-        assert sum(rows) == sum(map(len, results))
+        assert sum(rows) == 2 * sum(map(len, results))
 
     def test_attention_stays_fused(self, images: list[Partitions], monkeypatch: pytest.MonkeyPatch) -> None:
         largest = 0
@@ -480,7 +509,7 @@ class TestMismatches:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_keeps_the_same_tokens(encoder: Encoder, images: list[Partitions]) -> None:
-    on_gpu = encoder_of(tiny_tower().cuda())
+    on_gpu = encoder_of(tiny_tower().cuda(), max_patches=12 * 16)  # several batches, one after the other
     for policy in ("hired", "hired-reference", "keep-all"):
         for tokens, others in zip(
             on_gpu.encode(images, budget=Budget(rate=0.2), policy=policy),
@@ -490,3 +519,34 @@ def test_a_gpu_keeps_the_same_tokens(encoder: Encoder, images: list[Partitions])
             assert tokens.features.device.type == "cpu"
             assert places(tokens) == places(others)
             assert np.allclose(tokens.features, others.features, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["hired", "hired-reference", "keep-all"])
+def test_nothing_waits_for_a_gpu_but_the_copy_of_the_results(images: list[Partitions], policy: str) -> None:
+    on_gpu = encoder_of(tiny_tower().cuda(), max_patches=12 * 16)
+    on_gpu.encode(images, budget=Budget(rate=0.2), policy=policy)  # libraries may wait when first used
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            on_gpu.encode(images, budget=Budget(rate=0.2), policy=policy)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    assert len(waits) <= 1, waits
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_a_gpu_keeps_the_same_tokens_through_compiled_layers(
+    encoder: Encoder, images: list[Partitions]
+) -> None:
+    compiled = encoder_of(tiny_tower().cuda(), max_patches=32 * 16, compile=True)
+    for tokens, others in zip(
+        compiled.encode(images, budget=Budget(rate=0.2)),
+        encoder.encode(images, budget=Budget(rate=0.2)),
+        strict=True,
+    ):
+        assert places(tokens) == places(others)
+        assert np.allclose(tokens.features, others.features, atol=1e-2)

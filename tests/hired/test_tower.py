@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from torch._dynamo.testing import CompileCounter
+from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from hired.errors import ModelError
-from hired.tower import Tower
+from hired.tower import Tower, _through
 from tests.towers import tiny_tower
 
 NUM_PARTITIONS, PATCHES = 3, 16
@@ -29,6 +30,41 @@ def test_features_equal_the_hidden_state_above_the_layer(
     hidden_states = module(pixels, output_hidden_states=True).hidden_states
     features = Tower(module).look(pixels, layer).features()
     torch.testing.assert_close(features, hidden_states[layer + 1][:, 1:], atol=0, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "gelu_pytorch_tanh"])
+def test_any_activation_equals_transformers_own(activation: str, pixels: torch.Tensor) -> None:
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        hidden_act=activation,
+        initializer_factor=4.0,
+    )
+    module = CLIPVisionModel(config).eval()
+    expected = module(pixels, output_hidden_states=True).hidden_states[2][:, 1:]
+    torch.testing.assert_close(Tower(module).look(pixels, 1).features(), expected, atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_compiled_layers_see_the_same_and_are_compiled_once_for_each_size(
+    module: CLIPVisionModel, pixels: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.compiler.reset()
+    counter = CompileCounter()  # runs what was traced as it is: no compiler of C++ is needed
+    compiled = torch.compile(_through, dynamic=False, backend=counter)
+    monkeypatch.setattr("hired.tower._compiled", lambda: compiled)
+    tower = Tower(module)
+    for batch in (pixels, pixels[:2], pixels):
+        expected = tower.look(batch, 3, read_layers=[1])
+        sight = tower.look(batch, 3, read_layers=[1], compiled=True)
+        torch.testing.assert_close(sight.features(), expected.features(), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(sight.from_cls[1], expected.from_cls[1], atol=1e-6, rtol=1e-5)
+    assert counter.frame_count == 2
 
 
 @torch.no_grad()
