@@ -47,8 +47,9 @@ check: $(READY) ## formatting, lint, types, and the layers of imports
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
 
-bench: $(READY) ## caption the sample corpus under several token budgets, side by side; into docs/results
-	$(BIN)/python jobs/benchmark.py --input examples/scenes --output docs/results
+bench: $(READY) ## token budgets, engines and stages side by side, on the embedded model; into docs/results
+	$(BIN)/python jobs/benchmark.py --model embedded --input examples/scenes \
+	  --sections engine encoder stages --output docs/results
 
 docs: $(READY) ## write docs/configuration.md and the README's figures anew
 	$(BIN)/python -m pipeline.config > docs/configuration.md

@@ -4,6 +4,11 @@ Pixels are uint8 from end to end; normalising is the device's work. The cut equa
 image processor. Decoding differs from it on purpose: pictures are turned as their EXIF says, and 16-bit grey
 keeps its upper eight bits where Pillow's own conversion turns all but the darkest to white.
 
+Equality has its price: weighing all pixels twice, for the full-image and for the sub-images, takes Pillow far
+longer than decoding. ``reduced=True`` gives equality up for a few levels of difference: big pictures are
+averaged down first, JPEGs while they are decoded, to no less than twice what is needed; torch resamples the
+rest.
+
 Files are hostile: formats are an allow-list, sizes are read from the header and refused before any pixel is
 decoded, and whatever a decoder raises comes out as one ``ImageError`` that never echoes the decoder's text.
 Truncation is noticed in every format. Damage inside the data is noticed as far as the format has checksums:
@@ -15,14 +20,17 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import IO, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageFile
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, JpegImagePlugin
 
 from hired.errors import ConfigurationError, ImageError, ImageTooLargeError, UnreadableImageError
 from hired.geometry import Tiling, fit
-from hired.types import Partitions, Size
+from hired.types import Box, Grid, Partitions, Size
 
 # MPO is not listed: it opens as the JPEG that it begins with.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
@@ -43,31 +51,75 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = tuple(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
 
+Pixels: TypeAlias = NDArray[np.uint8]
 _Opener: TypeAlias = Callable[[IO[bytes], str | bytes], ImageFile.ImageFile]
 
 
-def partition(image: bytes | Image.Image, tiling: Tiling, *, max_pixels: int = MAX_PIXELS) -> Partitions:
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    """A picture in RGB as its file stores it, and the turn that sets it upright.
+
+    ``full_size`` is its size as stored. Where it was decoded at a smaller scale, ``width`` and ``height`` are
+    fractions, in pixels of ``image``: the last column and row then reach over the picture's edge.
+    """
+
+    image: Image.Image
+    turn: Image.Transpose | None
+    full_size: Size
+    width: float
+    height: float
+
+    @property
+    def original_size(self) -> Size:
+        """The upright picture's size."""
+        return _turned(self.full_size, self.turn)
+
+    def upright(self) -> Image.Image:
+        return self.image if self.turn is None else self.image.transpose(self.turn)
+
+
+def _turned(size: Size, turn: Image.Transpose | None) -> Size:
+    """The same both ways: upright from stored, stored from upright."""
+    return Size(size.width, size.height) if turn in _SIDEWAYS else size
+
+
+def partition(
+    image: bytes | Image.Image, tiling: Tiling, *, max_pixels: int = MAX_PIXELS, reduced: bool = False
+) -> Partitions:
     """The full-image and the sub-images of one picture, from a file's bytes or a Pillow image.
 
+    ``reduced`` trades equality with transformers' pixels for speed; grid, content and size stay the same.
     Raises ``UnreadableImageError`` and ``ImageTooLargeError``.
     """
-    picture = (
-        _upright_rgb(image, max_pixels)
-        if isinstance(image, Image.Image)
-        else decode(image, max_pixels=max_pixels)
-    )
-    original, side = Size(picture.height, picture.width), tiling.side
-    grid = tiling.grid(original)
-    content = fit(original, Size(grid.rows * side, grid.cols * side))
+    if isinstance(image, Image.Image):  # the caller's own: never decoded at another scale
+        decoded = _decoded(image, max_pixels)
+    else:
+        decoded = _decoded(_opened(image), max_pixels, tiling if reduced else None)
+    grid, content = _place(decoded.original_size, tiling)
+    fitted, full_image = (_resized_nearly if reduced else _resized)(decoded, content, tiling.side)
+    return Partitions(_cut(fitted, full_image, grid, content), grid, content, decoded.original_size)
 
-    canvas = np.zeros((grid.rows * side, grid.cols * side, 3), np.uint8)
-    canvas[content.top : content.bottom, content.left : content.right] = _resized(
-        picture, Size(content.height, content.width)
-    )
-    sub_images = canvas.reshape(grid.rows, side, grid.cols, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
-    full_image = _resized(picture, Size(side, side))
-    return Partitions(np.concatenate([full_image[None], sub_images]), grid, content, original)
+
+def _place(original: Size, tiling: Tiling) -> tuple[Grid, Box]:
+    """The grid for a picture of this size, and the picture's box on the canvas."""
+    grid = tiling.grid(original)
+    return grid, fit(original, Size(grid.rows * tiling.side, grid.cols * tiling.side))
+
+
+def _cut(fitted: Pixels, full_image: Pixels, grid: Grid, content: Box) -> Pixels:
+    """The partitions ``[k + 1, side, side, 3]``: the full-image, then the canvas around ``fitted``, cut."""
+    side = len(full_image)
+    pixels = np.zeros((grid.num_partitions, side, side, 3), np.uint8)
+    pixels[0] = full_image
+    for index, sub_image in enumerate(pixels[1:]):
+        row, col = divmod(index, grid.cols)
+        top, left = row * side - content.top, col * side - content.left  # counted on ``fitted``
+        part = fitted[max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)]
+        above, before = max(-top, 0), max(-left, 0)
+        sub_image[above : above + part.shape[0], before : before + part.shape[1]] = part
+    return pixels
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -76,17 +128,21 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises ``UnreadableImageError`` when the bytes are empty, of no supported format, truncated or corrupt,
     and ``ImageTooLargeError``, before decoding, when the header announces more than ``max_pixels``.
     """
+    picture = _decoded(_opened(data), max_pixels).upright()
+    if isinstance(picture, ImageFile.ImageFile):
+        picture = picture.copy()  # without the decoder and its buffers
+    picture.info = {}  # an orientation left here would have the next reader turn the picture again
+    return picture
+
+
+def _opened(data: bytes) -> Image.Image:
+    """The picture behind its header, not decoded yet."""
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ConfigurationError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, so half pictures would pass for whole; unset it"
         )
     if not data:
         raise UnreadableImageError("the image is empty (0 bytes)")
-    return _upright_rgb(_opened(data), max_pixels)
-
-
-def _opened(data: bytes) -> Image.Image:
-    """The picture behind its header, not decoded yet."""
     name, opener = _opener(data[:16])
     with _translated(name):
         return opener(io.BytesIO(data), "")
@@ -105,8 +161,26 @@ def _opener(head: bytes) -> tuple[str, _Opener]:
     raise UnreadableImageError(f"not an image in a supported format ({', '.join(FORMATS)})")
 
 
-def _upright_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
-    width, height = image.size
+def _decoded(image: Image.Image, max_pixels: int, reduced_for: Tiling | None = None) -> _Decoded:
+    """The picture in RGB; it may be ``image`` itself, loaded.
+
+    With ``reduced_for``, a JPEG is decoded at the smallest scale that this tiling allows.
+    """
+    header = image.size
+    _check_limits(*header, max_pixels)
+    with _translated(image.format or image.mode):
+        scaled = _draft(image, reduced_for) if reduced_for else None
+        if image.mode == "RGB":
+            image.load()
+        else:
+            image = image.copy()  # frees the decoder's buffers before conversion takes its own
+        turn = _turn(image)
+        picture = _rgb(image)
+        width, height = header if scaled else picture.size
+        return _Decoded(picture, turn, Size(height, width), *(scaled or picture.size))
+
+
+def _check_limits(width: int, height: int, max_pixels: int) -> None:
     if not width * height:
         raise UnreadableImageError(f"{width} x {height} pixels are no picture")
     if width * height > max_pixels:
@@ -115,14 +189,25 @@ def _upright_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
         )
     if max(width, height) > MAX_SIDE:
         raise ImageTooLargeError(f"{width} x {height} pixels: no side may be longer than {MAX_SIDE}")
-    with _translated(image.format or image.mode):
-        image = image.copy()  # decodes; frees the decoder's buffers, and leaves the caller's image as it is
-        orientation = _orientation(image)
-        picture = _rgb(image)
-        if orientation in _UPRIGHT:
-            picture = picture.transpose(_UPRIGHT[orientation])
-        picture.info = {}  # an orientation left here would have the next reader turn the picture again
-        return picture
+
+
+def _draft(image: Image.Image, tiling: Tiling) -> tuple[float, float] | None:
+    """Have a JPEG decoded at the smallest scale that the tiling allows; its width and height then.
+
+    None for other formats, which know no scales.
+    """
+    if not isinstance(image, JpegImagePlugin.JpegImageFile):
+        return None
+    turn = _turn(image)
+    _, content = _place(_turned(Size(image.height, image.width), turn), tiling)
+    needed = _turned(_needed(content, tiling.side), turn)
+    drafted = image.draft(None, (needed.width, needed.height))
+    return drafted and drafted[1][2:]
+
+
+def _needed(content: Box, side: int) -> Size:
+    """Twice the larger of content and full-image, so that the resampling that follows still smooths."""
+    return Size(2 * max(content.height, side), 2 * max(content.width, side))
 
 
 @contextmanager
@@ -138,13 +223,13 @@ def _translated(name: str) -> Iterator[None]:
         raise UnreadableImageError(f"the {name} image is truncated or corrupt") from error
 
 
-def _orientation(image: Image.Image) -> int | None:
-    """The EXIF orientation, None without one. Like every viewer, takes a broken EXIF block for none."""
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What the EXIF orientation asks for. Like every viewer, takes a broken EXIF block for none."""
     try:
         orientation = image.getexif().get(_ORIENTATION)
     except Exception:
         return None
-    return orientation if isinstance(orientation, int) else None
+    return _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -174,5 +259,31 @@ def _rgb_from_16_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
-def _resized(picture: Image.Image, size: Size) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    return np.asarray(picture.resize((size.width, size.height), Image.Resampling.BICUBIC))
+def _resized(decoded: _Decoded, content: Box, side: int) -> tuple[Pixels, Pixels]:
+    """The picture at the content's size and as the full-image's square, as transformers resamples them."""
+    picture = decoded.upright()
+    # No pass is shared where both have one width: Pillow chooses by the shapes which side it resamples first.
+    fitted = picture.resize((content.width, content.height), Image.Resampling.BICUBIC)
+    full_image = picture.resize((side, side), Image.Resampling.BICUBIC)
+    return np.asarray(fitted), np.asarray(full_image)
+
+
+def _resized_nearly(decoded: _Decoded, content: Box, side: int) -> tuple[Pixels, Pixels]:
+    """The same within a few levels, from a picture that is averaged down first where it is big enough."""
+    needed = _turned(_needed(content, side), decoded.turn)
+    by_width = max(1, int(decoded.width / needed.width))
+    by_height = max(1, int(decoded.height / needed.height))
+    image = decoded.image.reduce((by_width, by_height)) if by_width * by_height > 1 else decoded.image
+    width, height = decoded.width / by_width, decoded.height / by_height
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+
+    def resampled(size: Size) -> Pixels:
+        stored = _turned(size, decoded.turn)
+        # Scales, not sizes, as the last pixels may reach over the edge; what they give beyond it is cut off.
+        # The trifle more keeps a product that should be whole from being rounded down.
+        scales = [stored.height / height * (1 + 1e-9), stored.width / width * (1 + 1e-9)]
+        scaled = torch.nn.functional.interpolate(pixels, scale_factor=scales, mode="bicubic", antialias=True)
+        values = scaled[0, :, : stored.height, : stored.width].permute(1, 2, 0).numpy()
+        return values if decoded.turn is None else np.asarray(Image.fromarray(values).transpose(decoded.turn))
+
+    return resampled(Size(content.height, content.width)), resampled(Size(side, side))

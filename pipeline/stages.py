@@ -55,7 +55,7 @@ class PartitionStage:
 
     def __init__(self, config: Config) -> None:
         prepare_worker(config.partition)
-        self._max_pixels = config.max_pixels
+        self._max_pixels, self._reduced = config.max_pixels, config.reduced_decoding
         self._tiling = families.tiling(resolve(config.model))
 
     def __call__(self, batch: Batch) -> Batch:
@@ -68,7 +68,7 @@ class PartitionStage:
 
     def _partition_one(self, image: bytes) -> Partitions | Exception:
         try:
-            return partition(image, self._tiling, max_pixels=self._max_pixels)
+            return partition(image, self._tiling, max_pixels=self._max_pixels, reduced=self._reduced)
         except ImageError as error:
             return error
 

@@ -33,6 +33,7 @@ from hired.engine.memory import kv_cache_bytes, prefill_tokens
 from hired.engine.ragged_attention import VarlenAttention, ragged_attention
 from hired.engine.sampling import choose
 from hired.engine.sequence import Sequence
+from hired.engine.stepped import streamed
 from hired.errors import CapacityError, ConfigurationError
 
 log = logging.getLogger(__name__)
@@ -113,25 +114,7 @@ class ContinuousEngine:
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Events as they come. Closing the iterator cancels what it has not told yet."""
-        if self.has_work:
-            raise ConfigurationError("the engine is in use: one stream at a time, or submit and step")
-        source = enumerate(requests)
-        index_of: dict[int, int] = {}
-        exhausted = False
-        try:
-            while not exhausted or self.has_work:
-                while not exhausted and self.has_room:
-                    index, request = next(source, (-1, None))
-                    exhausted = request is None
-                    if request is not None:
-                        index_of[self.submit(request)] = index
-                for event in self.step():
-                    yield Event(index_of[event.index], event.token_id, event.outcome)
-                    if event.outcome is not None:
-                        del index_of[event.index]
-        finally:
-            for handle in index_of:
-                self.cancel(handle)
+        return streamed(self, requests)
 
     @torch.inference_mode()
     def submit(self, request: Request) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from hired.engine.continuous import ContinuousEngine
 from hired.engine.decoder import Decoder, check_supported
 from hired.engine.shared import SharedEngine
 from hired.engine.transformers_engine import TransformersEngine
+from hired.engine.vllm_engine import VllmEngine
 from hired.errors import ConfigurationError, ModelError
 
 
@@ -22,12 +24,20 @@ def new_engine(
     *,
     eos_token_ids: Collection[int],
     decode: Callable[[Sequence[int]], str],
+    export: Callable[[], Path],
 ) -> Engine:
     """An engine on ``device`` for a causal language model of transformers, which it may take apart.
 
+    ``export`` gives a folder with the language model alone, for engines that load it themselves.
     Raises ModelError for a model that the engine does not know, ConfigurationError for options that it
     cannot follow.
     """
+    if options.name == "vllm":
+        folder = export()
+        model.get_decoder().layers = torch.nn.ModuleList()  # vLLM has its own
+        return SharedEngine(
+            VllmEngine(folder, dtype=model.dtype, eos_token_ids=eos_token_ids, decode=decode, options=options)
+        )
     if _is_continuous(model, options):
         decoder = Decoder(model, device=device, quantisation=options.quantisation)
         return SharedEngine(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from hired.devices import host_memory_bytes
@@ -29,19 +31,31 @@ def kv_cache_bytes(decoder: Decoder, options: EngineOptions) -> int:
     free, total = torch.cuda.mem_get_info(decoder.device)
     held = torch.cuda.memory_allocated(decoder.device)
     unused = torch.cuda.memory_reserved(decoder.device) - held
-    workspace = workspace_bytes(decoder, prefill_tokens(decoder, options))
+    workspace = workspace_bytes(decoder.config, decoder.dtype, prefill_tokens(decoder, options))
     allowed = min(total * options.memory_fraction - held, free + unused)
     return max(0, int(allowed) - workspace)
 
 
-def workspace_bytes(decoder: Decoder, num_tokens: int) -> int:
+class Widths(Protocol):
+    """What of a configuration decides the size of a pass."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def intermediate_size(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+
+def workspace_bytes(config: Widths, dtype: torch.dtype, num_tokens: int) -> int:
     """What a pass over so many tokens takes beside weights and cache: the widest layer, and the scores.
 
     States before and after, normed states, queries, keys, values and what they gather are at most ten
     widths; gate, up, their product and its activation are five MLP widths at once. Scores are counted for
     512 sequences: as they come, in float32, and once more while one of them is chosen.
     """
-    config = decoder.config
     widths = 10 * config.hidden_size + 5 * config.intermediate_size
-    scores = 512 * decoder.vocabulary_size * (decoder.dtype.itemsize + 8)
-    return int(num_tokens * widths * decoder.dtype.itemsize + scores)
+    scores = 512 * config.vocab_size * (dtype.itemsize + 8)
+    return num_tokens * widths * dtype.itemsize + scores

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from queue import SimpleQueue
 
 from hired.engine import Event, Outcome, Request, answers_in_order
-from hired.engine.continuous import ContinuousEngine
+from hired.engine.stepped import SteppedEngine
 
 
 class SharedEngine:
@@ -22,7 +22,7 @@ class SharedEngine:
     open, and in every later one: nothing on the device can be trusted any more.
     """
 
-    def __init__(self, engine: ContinuousEngine) -> None:
+    def __init__(self, engine: SteppedEngine) -> None:
         self.engine = engine
         self._lock = threading.Lock()
         self._arrived: list[_Stream] = []
@@ -92,7 +92,7 @@ class _Stream:
         self.closed = False
         self.ended = False
 
-    def submit_next(self, engine: ContinuousEngine) -> bool:
+    def submit_next(self, engine: SteppedEngine) -> bool:
         """Whether there was another request. An error of the caller's own iterator is its own."""
         if self._exhausted or self.closed or self.ended:
             return False
@@ -108,7 +108,7 @@ class _Stream:
         self._index_of[engine.submit(request)] = index
         return True
 
-    def tell(self, events: list[Event], engine: ContinuousEngine) -> None:
+    def tell(self, events: list[Event], engine: SteppedEngine) -> None:
         """Passes on what concerns this stream, and ends it after its last request."""
         if self.closed and not self.ended:
             self._cancel(engine)
@@ -137,7 +137,7 @@ class _Stream:
         self.ended = True
         self._news.put(error)
 
-    def _cancel(self, engine: ContinuousEngine) -> None:
+    def _cancel(self, engine: SteppedEngine) -> None:
         for handle in self._index_of:
             engine.cancel(handle)
         self._index_of.clear()

@@ -11,7 +11,8 @@ from transformers import AutoImageProcessor, AutoProcessor, LlavaNextConfig, Lla
 from hired.encoder import Encoder
 from hired.engine import EngineOptions
 from hired.engine.factory import new_engine
-from hired.errors import ModelError
+from hired.engine.vllm_engine import language_model_folder, write_language_model
+from hired.errors import ConfigurationError, ModelError
 from hired.families.checkpoint import load_weights, reading
 from hired.generator import Generator
 from hired.geometry import Tiling
@@ -91,15 +92,26 @@ def load_generator(
     with reading(path, "processor"):
         processor = AutoProcessor.from_pretrained(path, local_files_only=True)
     prompts = PromptTemplate(processor, config.image_token_id)
-    # Weights that are still to be quantised wait on the host: they may not fit the device as they are.
-    at_first = device if options.quantisation == "none" else torch.device("cpu")
-    half = load_weights(LlavaNextLanguageHalf, path, at_first, dtype)
-    engine = new_engine(half, device, options, eos_token_ids=_eos_token_ids(half), decode=prompts.decode)
+    if options.name == "vllm" and positions != "compact":
+        raise ConfigurationError("the engine 'vllm' counts positions itself: set positions to compact")
+    # What is still to be quantised, or is vLLM's to load, waits on the host: it may not fit the device twice.
+    elsewhere = options.quantisation != "none" or options.name == "vllm"
+    half = load_weights(LlavaNextLanguageHalf, path, torch.device("cpu") if elsewhere else device, dtype)
+    engine = new_engine(
+        half,
+        device,
+        options,
+        eos_token_ids=_eos_token_ids(half),
+        decode=prompts.decode,
+        export=lambda: language_model_folder(
+            path, dtype, lambda folder: write_language_model(half, processor.tokenizer, folder)
+        ),
+    )
     return Generator(
         engine,
         prompts,
         projector=half.model.multi_modal_projector.to(device),
-        embed_tokens=half.get_input_embeddings(),
+        embed_tokens=half.get_input_embeddings().to(device),
         image_newline=half.model.image_newline.to(device),
         patches_per_side=config.vision_config.image_size // config.vision_config.patch_size,
         newlines=newlines,

@@ -507,7 +507,6 @@ class TestMismatches:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_keeps_the_same_tokens(encoder: Encoder, images: list[Partitions]) -> None:
     on_gpu = encoder_of(tiny_tower().cuda(), max_patches=12 * 16)  # several batches, one after the other
     for policy in ("hired", "hired-reference", "keep-all"):
