@@ -128,13 +128,17 @@ def benchmark(record: dict[str, Any]) -> str:
         )
     lines += ["", "| in the same model | measured |", "|---|---|"]
     lines += [f"| {what} | {ratio:.2f}x |" for what, ratio in _ratios(sections)]
+    model, parameters = record["model"], f"{record['parameters'] / 1e6:.0f} million parameters"
+    pages = (
+        f"[All figures](docs/results/benchmark-{model}.md), and those of the "
+        "[embedded model](docs/results/benchmark-embedded.md)"
+    )
     lines += [
         "",
-        f"The model `{record['model']}` ({record['parameters'] / 1e6:.0f} million parameters at random, 2,880 visual "
-        f"tokens an image) in {record['dtype']} on {record['hardware']}, {engine['images']} images, "
-        f"{engine['max_new_tokens']} new tokens, medians of interleaved repeats, by "
-        f"`{sections['engine']['command']}`. [All figures](docs/results/benchmark-{record['model']}.md), and those of the "
-        "[embedded model](docs/results/benchmark-embedded.md). LLaVA-NeXT-7B on a GPU: not measured.",
+        f"The model `{model}` ({parameters} at random, 2,880 visual tokens an image) in {record['dtype']} on "
+        f"{record['hardware']}, {engine['images']} images, {engine['max_new_tokens']} new tokens, medians of "
+        f"interleaved repeats, by `{sections['engine']['command']}`. {pages}. LLaVA-NeXT-7B on a GPU: not "
+        "measured.",
     ]
     return "\n".join(lines)
 
