@@ -47,12 +47,12 @@ class Text:
 class Picture:
     """A painted scene as the trainer keeps it.
 
-    ``whats`` and ``tints`` int64 [k + 1, patches, ...] count each patch's labels; ``pixels`` uint8
+    ``whats`` uint8 and ``tints`` int64 [k + 1, patches, ...] count each patch's labels; ``pixels`` uint8
     [k + 1, side, side, 3] and ``features`` [k + 1, patches, d], where there are any.
     """
 
     size: Size
-    whats: NDArray[np.int64]
+    whats: NDArray[np.uint8]
     tints: NDArray[np.int64]
     texts: list[Text]
     pixels: NDArray[np.uint8] | None = None
@@ -80,7 +80,8 @@ class Pictures(IterableDataset[list[Picture]]):
         whats, tints = supervision.patch_counts(supervision.cut_labels(scene.labels))
         texts = [self._text(q.task, q.text, q.answer) for q in ask(scene, rng)]
         pixels = supervision.cut_pixels(scene.image) if self.drawn else None
-        return Picture(size, whats, tints, texts, pixels)
+        # Counts end at 64 pixels; thousands of pictures are remembered, and would take a megabyte each.
+        return Picture(size, whats.astype(np.uint8), tints, texts, pixels)
 
     def _text(self, task: str, question: str, answer: str) -> Text:
         asked = self.tokenizer.encode(f"\n{question}<|assistant|>", add_special_tokens=False)
