@@ -44,6 +44,7 @@ def main() -> int:
         truth_minutes=options.truth_minutes,
         projector_minutes=options.projector_minutes,
         join_minutes=options.join_minutes,
+        attention_minutes=options.attention_minutes,
     )
     start = time.monotonic()
     train(plan, options.output)
@@ -114,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--truth-minutes", type=float, default=58, help="runs beside the tower")
     parser.add_argument("--projector-minutes", type=float, default=3)
     parser.add_argument("--join-minutes", type=float, default=33)
+    parser.add_argument("--attention-minutes", type=float, default=5)
     parser.add_argument("--held-out", type=int, default=200, help="scenes that the scores are taken on")
     return parser
 

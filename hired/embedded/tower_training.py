@@ -6,6 +6,7 @@ at the patches that show them. Both losses read the feature layer, the last one 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import random
@@ -20,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
 
+from hired.attention import Attention
 from hired.embedded import painter, supervision
 from hired.embedded.optimisation import Optimiser, elapsed
 
@@ -147,6 +149,56 @@ def train_tower(
             save(heads)
     save(heads)
     return heads
+
+
+def teach_attention(tower: nn.Module, *, minutes: float, seed: int, device: torch.device) -> None:
+    """CLS of the feature layer learns to look at whatever is shown; the patches' features stay as they are.
+
+    By that layer CLS knows what there is, and its own objective no longer cares where it looks, while the
+    choice of tokens does. The feature layer and the one below it are trained, in place.
+    """
+    torch.manual_seed(seed)
+    layers = tower.encoder.layers  # type: ignore[union-attr]
+    before, learning = copy.deepcopy(layers[-3:-1]), layers[-3:-1]  # type: ignore[index]
+    learning.requires_grad_(True)  # type: ignore[union-attr]
+    optimiser = Optimiser([_Layers(learning)], peak=3e-4, warm_up_steps=50)
+    drawn = iter(DataLoader(Sheets(seed, 4, 24), batch_size=None, num_workers=1, prefetch_factor=8))
+    for step, done in elapsed(minutes):
+        batch = next(drawn)
+        with torch.autocast(device.type, torch.bfloat16):
+            with torch.no_grad():
+                states = tower.pre_layrnorm(tower.embeddings(normalise(batch.pixels.to(device))))  # type: ignore[operator]
+                for layer in layers[:-3]:  # type: ignore[index]
+                    states = layer(states, attention_mask=None)
+                wanted = before[1](before[0](states, attention_mask=None), attention_mask=None).float()
+            states = learning[0](states, attention_mask=None)
+            from_cls = Attention.of(learning[1].self_attn, learning[1].layer_norm1(states)).from_cls()
+            hidden = learning[1](states, attention_mask=None).float()
+        drift = functional.mse_loss(hidden[:, 1:], wanted[:, 1:]) / wanted[:, 1:].var()
+        missed = attention_loss(from_cls, batch.targets.what[..., painter.BACKGROUND].to(device) == 0)
+        torch.autograd.backward(10 * drift + missed)
+        optimiser.step(done)
+        if step % 50 == 0:
+            log.info("attention step %d: missed %.3f, features moved by %.4f", step, missed, drift)
+
+
+def attention_loss(from_cls: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    """How far CLS attention ``[n, patches]`` is from looking evenly at what is shown (bool, alike).
+
+    The Kullback-Leibler divergence, a mean over the partitions that show anything.
+    """
+    looked = from_cls.log() - from_cls.sum(-1, keepdim=True).log()
+    count = shown.sum(-1)
+    evenly = -(looked * shown).sum(-1) / count.clamp(min=1) - count.clamp(min=1).log()
+    return evenly[count > 0].mean()
+
+
+class _Layers(nn.Module):
+    """Layers under the name by which the optimiser tells hidden matrices."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self.layers = layers
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""The embedded model's training from nothing: three stages that leave their state in a folder.
+"""The embedded model's training from nothing: four stages that leave their state in a folder.
 
 The tower learns to see and the language model to look up at the same time, each in a process of its own;
-then they are joined.
+then they are joined, and CLS is taught where to look.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from hired.embedded import checkpoint
 from hired.embedded.language_training import Trainer
 from hired.embedded.tokenisation import build_tokenizer
-from hired.embedded.tower_training import Heads, train_tower
+from hired.embedded.tower_training import Heads, teach_attention, train_tower
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class Plan:
     truth_minutes: float
     projector_minutes: float
     join_minutes: float
+    attention_minutes: float
 
     @property
     def tower_file(self) -> Path:
@@ -53,6 +54,10 @@ class Plan:
     @property
     def joined_file(self) -> Path:
         return self.folder / "joined.pt"
+
+    @property
+    def attentive_file(self) -> Path:
+        return self.folder / "attentive.pt"
 
 
 def train(plan: Plan, output: Path) -> None:
@@ -68,9 +73,11 @@ def train(plan: Plan, output: Path) -> None:
             done.result()
     if not plan.joined_file.exists():
         join_stage(plan)
+    if not plan.attentive_file.exists():
+        attention_stage(plan)
     tokenizer = build_tokenizer()
     model = checkpoint.new_model(tokenizer, seed=plan.seed)
-    model.load_state_dict(torch.load(plan.joined_file, map_location="cpu"))
+    model.load_state_dict(torch.load(plan.attentive_file, map_location="cpu"))
     checkpoint.save(model, tokenizer, output)
 
 
@@ -126,6 +133,22 @@ def join_stage(plan: Plan) -> None:
     trainer.learn_from_tower(plan.join_minutes, peak=plan.peak / 2)
     torch.save(model.state_dict(), draft)
     draft.rename(plan.joined_file)
+
+
+def attention_stage(plan: Plan) -> None:
+    """Where CLS looks in the feature layer, last of all; nothing else changes."""
+    _prepare(plan)
+    model = _initial_model(plan)
+    model.load_state_dict(torch.load(plan.joined_file, map_location=plan.device))
+    teach_attention(
+        model.model.vision_tower,
+        minutes=plan.attention_minutes,
+        seed=plan.seed,
+        device=torch.device(plan.device),
+    )
+    draft = plan.attentive_file.with_suffix(".draft")
+    torch.save(model.state_dict(), draft)
+    draft.rename(plan.attentive_file)
 
 
 def _initial_model(plan: Plan) -> Any:

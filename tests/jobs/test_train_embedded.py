@@ -17,7 +17,7 @@ JOB = Path(__file__).parents[2] / "jobs" / "train_embedded.py"
 
 
 def train(folder: Path) -> None:
-    moments = [f"--{stage}-minutes=0.03" for stage in ("tower", "truth", "projector", "join")]
+    moments = [f"--{stage}-minutes=0.03" for stage in ("tower", "truth", "projector", "join", "attention")]
     subprocess.run(
         [
             *(sys.executable, JOB, f"--output={folder / 'model'}", f"--work={folder / 'work'}"),
@@ -41,6 +41,6 @@ def test_a_training_of_seconds_gives_a_checkpoint_that_loads_and_a_record(tmp_pa
     assert 0 <= record["cls_attention_against_ink_roc_auc"]["layer 0, full-image"] <= 1
 
     states = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").iterdir()}
-    assert {file.name for file in states} == {"tower.pt", "truth.pt", "joined.pt"}
+    assert {file.name for file in states} == {"tower.pt", "truth.pt", "joined.pt", "attentive.pt"}
     train(tmp_path)
     assert {file: file.stat().st_mtime_ns for file in states} == states
