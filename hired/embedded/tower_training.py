@@ -13,6 +13,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,46 +152,55 @@ def train_tower(
     return heads
 
 
-def teach_attention(tower: nn.Module, *, minutes: float, seed: int, device: torch.device) -> None:
-    """CLS of the feature layer learns to look at whatever is shown; the patches' features stay as they are.
+def teach_attention(tower: Any, *, minutes: float, seed: int, device: torch.device) -> None:
+    """CLS of the feature layer learns to look at what is shown; the patches' features stay as they are.
 
     By that layer CLS knows what there is, and its own objective no longer cares where it looks, while the
     choice of tokens does. The feature layer and the one below it are trained, in place.
     """
     torch.manual_seed(seed)
-    layers = tower.encoder.layers  # type: ignore[union-attr]
-    before, learning = copy.deepcopy(layers[-3:-1]), layers[-3:-1]  # type: ignore[index]
-    learning.requires_grad_(True)  # type: ignore[union-attr]
+    layers = tower.encoder.layers
+    before, learning = copy.deepcopy(layers[-3:-1]), layers[-3:-1]
+    learning.requires_grad_(True)
     optimiser = Optimiser([_Layers(learning)], peak=3e-4, warm_up_steps=50)
     drawn = iter(DataLoader(Sheets(seed, 4, 24), batch_size=None, num_workers=1, prefetch_factor=8))
     for step, done in elapsed(minutes):
         batch = next(drawn)
         with torch.autocast(device.type, torch.bfloat16):
             with torch.no_grad():
-                states = tower.pre_layrnorm(tower.embeddings(normalise(batch.pixels.to(device))))  # type: ignore[operator]
-                for layer in layers[:-3]:  # type: ignore[index]
+                states = tower.pre_layrnorm(tower.embeddings(normalise(batch.pixels.to(device))))
+                for layer in layers[:-3]:
                     states = layer(states, attention_mask=None)
                 wanted = before[1](before[0](states, attention_mask=None), attention_mask=None).float()
             states = learning[0](states, attention_mask=None)
             from_cls = Attention.of(learning[1].self_attn, learning[1].layer_norm1(states)).from_cls()
             hidden = learning[1](states, attention_mask=None).float()
         drift = functional.mse_loss(hidden[:, 1:], wanted[:, 1:]) / wanted[:, 1:].var()
-        missed = attention_loss(from_cls, batch.targets.what[..., painter.BACKGROUND].to(device) == 0)
+        missed = attention_loss(from_cls, worth(batch.targets).to(device))
         torch.autograd.backward(10 * drift + missed)
         optimiser.step(done)
         if step % 50 == 0:
             log.info("attention step %d: missed %.3f, features moved by %.4f", step, missed, drift)
 
 
-def attention_loss(from_cls: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-    """How far CLS attention ``[n, patches]`` is from looking evenly at what is shown (bool, alike).
+def worth(targets: supervision.Targets) -> torch.Tensor:
+    """What a look at each patch is worth, ``[n, patches]``: print most, other things a quarter, nothing none.
+
+    No two patches of a word can stand for each other, and many of a shape can.
+    """
+    shown = targets.what[..., painter.BACKGROUND] == 0
+    has_print = targets.what[..., painter.FIRST_GLYPH :].sum(-1) > 0
+    return shown * torch.where(has_print, 1.0, 0.25)
+
+
+def attention_loss(from_cls: torch.Tensor, worth: torch.Tensor) -> torch.Tensor:
+    """How far CLS attention ``[n, patches]`` is from looking where it is worth while.
 
     The Kullback-Leibler divergence, a mean over the partitions that show anything.
     """
-    looked = from_cls.log() - from_cls.sum(-1, keepdim=True).log()
-    count = shown.sum(-1)
-    evenly = -(looked * shown).sum(-1) / count.clamp(min=1) - count.clamp(min=1).log()
-    return evenly[count > 0].mean()
+    some = worth.sum(-1) > 0
+    looked, wanted = (of[some] / of[some].sum(-1, keepdim=True) for of in (from_cls, worth))
+    return functional.kl_div(looked.log(), wanted, reduction="batchmean")
 
 
 class _Layers(nn.Module):

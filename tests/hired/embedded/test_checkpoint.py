@@ -52,7 +52,7 @@ def test_its_record_says_how_it_was_made_and_meets_the_bars(record: dict[str, An
     everything, full_image = (record["exact_answers"][name] for name in ("all tokens", "full-image alone"))
     for task in ("shape", "colour", "yes-no"):
         assert everything[task]["share"] >= 0.9, task
-    assert everything["read"]["share"] >= 0.4  # the goal is 0.7 (docs/log.md)
+    assert everything["read"]["share"] >= 0.7
     assert full_image["read"]["share"] < 0.3
 
 
@@ -61,7 +61,7 @@ def test_cls_attention_finds_the_ink(vlm: hired.VLM, scenes: list[Any]) -> None:
     final = vlm.encoder.feature_layer
     for kind in ("full-image", "sub-image"):
         assert areas[f"layer {final}, {kind}"] >= 0.85
-    assert areas["layer 0, full-image"] >= 0.8
+        assert areas[f"layer 0, {kind}"] >= 0.8
 
 
 @pytest.mark.slow
@@ -73,6 +73,6 @@ def test_it_reads_and_sees_what_is_painted_now(vlm: hired.VLM, scenes: list[Any]
     simple = sum((everything[t] for t in ("shape", "colour", "yes-no")), start=Tally())
     assert simple.total >= 60
     assert simple.share >= 0.9
-    assert everything["read"].share >= 0.3  # the record has 0.48 over more questions
+    assert everything["read"].share >= 0.65  # the record has 0.84 over more questions
     full_image = keep_all(select=examination.full_image_only, tasks=READING)
     assert full_image["read"].share < 0.3
