@@ -28,7 +28,7 @@ def test_the_python_example_runs_and_reads_the_sign(monkeypatch: pytest.MonkeyPa
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(example, {})
-    assert printed.getvalue().startswith("WOLF ")
+    assert printed.getvalue().startswith("LLAMA ")
 
 
 def test_every_local_link_leads_somewhere() -> None:
