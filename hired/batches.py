@@ -5,6 +5,7 @@ A batch is bounded by partitions, because every partition costs the tower the sa
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from hired.devices import sent
 from hired.errors import ConfigurationError
 from hired.geometry import Tiling, real_patches, sub_image_overlap
 from hired.policies import Candidates
@@ -83,32 +85,56 @@ class Batch:
         """Bool ``[k + 1, patches]`` of each image, without absent partitions."""
         return [real[:num] for real, num in zip(self.real, self.num_partitions, strict=True)]
 
+    def fingerprints(self) -> list[int]:
+        """64 bits made from the pixels of each image."""
+        return [
+            int.from_bytes(hashlib.blake2b(np.ascontiguousarray(image.pixels).data, digest_size=8).digest())
+            for image in self.images
+        ]
+
     def candidates(
         self,
-        num_tokens: Tensor,
+        limits: Sequence[int],
+        num_before: Sequence[int],
         alpha: float,
         feature_layer: int,
         from_cls: Mapping[int, Tensor],
         keys: Callable[[], Tensor],
         features: Callable[[], Tensor],
+        single_head: Callable[[int], tuple[Tensor, Tensor]],
     ) -> Candidates:
-        """What a policy chooses from; ``from_cls``, ``keys`` and ``features`` are ``[n, patches, ...]``."""
+        """What a policy chooses from; ``from_cls``, ``keys`` and ``features`` are ``[n, patches, ...]``.
+
+        ``limits`` are the tokens that may be kept of each image, ``num_before`` those that there are.
+        """
 
         def by_image(values: Tensor) -> Tensor:
             """From ``[n, patches, ...]`` of all partitions to ``[images, partitions, patches, ...]``."""
             absent = ~self.present.reshape(self.present.shape + (1,) * (values.ndim - 2))
             return values[self.row].masked_fill(absent, 0)
 
+        def both(layers_above: int) -> tuple[Tensor, Tensor]:
+            attention, own_keys = single_head(layers_above)
+            return by_image(attention), by_image(own_keys)
+
+        num_patches = self.real.shape[-1]
         return Candidates(
             present=self.present,
             real=self.real,
             overlap=self.overlap,
-            num_tokens=num_tokens,
+            num_tokens=sent(torch.tensor(limits), self.real.device),
+            max_tokens=max(limits),
+            max_share=max(
+                min(num_patches, -(-limit * num_patches // before))
+                for limit, before in zip(limits, num_before, strict=True)
+            ),
             alpha=alpha,
             feature_layer=feature_layer,
             cls_attention={layer: by_image(attention) for layer, attention in from_cls.items()},
             keys=lambda: by_image(keys()),
             features=lambda: by_image(features()),
+            single_head=both,
+            fingerprints=self.fingerprints,
         )
 
 

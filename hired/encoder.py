@@ -16,10 +16,9 @@ from torch import Tensor
 from hired import policies
 from hired.batches import Batch, batches, few_sizes
 from hired.budget import Budget
-from hired.devices import sent
 from hired.errors import ConfigurationError, ModelError
 from hired.geometry import Tiling
-from hired.policies import Policy
+from hired.policies import Candidates, Merged, Policy
 from hired.tower import Sight, Tower
 from hired.transfer import on_device, on_host
 from hired.types import Partitions, VisualTokens
@@ -136,27 +135,31 @@ class Encoder:
                 f"the policy {policy.name!r} reads the layers {layers}; features come from layer "
                 f"{self.feature_layer}, and none above it is run"
             )
+        num_before = batch.num_before
         limits = [policy.num_tokens(budget, real) for real in batch.real_by_image]
         sight = self._look(copy, self.feature_layer, layers)
         candidates = copy.candidates(
-            num_tokens=sent(torch.tensor(limits), self._tower.device),
+            limits=limits,
+            num_before=num_before,
             alpha=budget.alpha,
             feature_layer=self.feature_layer,
             from_cls=sight.from_cls,
             keys=sight.keys,
             features=sight.features,
+            single_head=sight.single_head,
         )
-        keep = policy.select(candidates)
-        if keep.shape != candidates.real.shape or keep.dtype != torch.bool:
-            raise ConfigurationError(
-                f"the policy {policy.name!r} must return bool {list(candidates.real.shape)}, "
-                f"not {keep.dtype} {list(keep.shape)}"
-            )
+        keep, merged = _chosen(policy, candidates)
         # The size is known beforehand, so nothing waits for it; -1 fills what a policy leaves unused.
-        places = keep.nonzero_static(size=sum(map(min, limits, batch.num_before)), fill_value=-1)
+        places = keep.nonzero_static(size=sum(map(min, limits, num_before)), fill_value=-1)
         image, partition, patch = places.clamp(min=0).unbind(-1)
-        features = sight.features_at(copy.row[image, partition], patch).to(self.handoff_dtype)
-        return _Selection(batch.images, batch.real, limits, features, places, keep.sum((1, 2)))
+        features = (
+            sight.features_at(copy.row[image, partition], patch)
+            if merged is None
+            else merged[image, partition, patch]
+        )
+        return _Selection(
+            batch.images, batch.real, limits, features.to(self.handoff_dtype), places, keep.sum((1, 2))
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,6 +177,23 @@ class _Selection:
     features: Tensor
     places: Tensor
     num_kept: Tensor
+
+
+def _chosen(policy: Policy, candidates: Candidates) -> tuple[Tensor, Tensor | None]:
+    """The places that the policy keeps, and its own features where it made some."""
+    answer = policy.select(candidates)
+    keep, merged = (answer.keep, answer.features) if isinstance(answer, Merged) else (answer, None)
+    shape = candidates.real.shape
+    if keep.shape != shape or keep.dtype != torch.bool:
+        raise ConfigurationError(
+            f"the policy {policy.name!r} must return bool {list(shape)}, not {keep.dtype} {list(keep.shape)}"
+        )
+    if merged is not None and (merged.shape[:-1] != shape or not merged.is_floating_point()):
+        raise ConfigurationError(
+            f"the policy {policy.name!r} must merge tokens into {[*shape, 'd']}, "
+            f"not {merged.dtype} {list(merged.shape)}"
+        )
+    return keep, merged
 
 
 def _visual_tokens(selections: Sequence[_Selection], policy: Policy) -> list[VisualTokens]:

@@ -77,13 +77,13 @@ class Generator:
         prompts: Sequence[str],
         *,
         max_new_tokens: int | Sequence[int] = 64,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | Sequence[Sequence[str]] = (),
         sampling: Sampling | Sequence[Sampling] = GREEDY,
     ) -> list[Caption | GenerationError]:
         """One caption an image, or the error that this row alone met.
 
-        ``max_new_tokens`` and ``sampling`` are one for all rows or one a row. An answer ends before the first
-        of the ``stop`` strings; its ``token_ids`` leave out only the closing end-of-sequence token.
+        ``max_new_tokens``, ``stop`` and ``sampling`` are one for all rows or one a row. An answer ends before
+        the first of its ``stop`` strings; its ``token_ids`` leave out only the closing end-of-sequence token.
         """
         pieces = self.stream(tokens, prompts, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling)
         captions = {piece.index: piece.caption for piece in pieces if piece.caption is not None}
@@ -95,7 +95,7 @@ class Generator:
         prompts: Sequence[str],
         *,
         max_new_tokens: int | Sequence[int] = 64,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | Sequence[Sequence[str]] = (),
         sampling: Sampling | Sequence[Sampling] = GREEDY,
     ) -> Iterator[Piece]:
         """The same token by token; the pieces of several rows mix. Closing it cancels what is not told yet.
@@ -105,18 +105,20 @@ class Generator:
         count = len(tokens)
         limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else max_new_tokens
         samplings = [sampling] * count if isinstance(sampling, Sampling) else sampling
-        if not count == len(prompts) == len(limits) == len(samplings):
+        texts = tuple(text for text in stop if isinstance(text, str))
+        stops = [texts] * count if len(texts) == len(stop) else [tuple(each) for each in stop]
+        if not count == len(prompts) == len(limits) == len(stops) == len(samplings):
             raise ConfigurationError(
-                f"one prompt, one limit and one sampling an image: got {count} images, {len(prompts)} "
-                f"prompts, {len(limits)} limits, {len(samplings)} samplings"
+                f"one prompt, limit, list of stops and sampling an image: got {count} images, {len(prompts)} "
+                f"prompts, {len(limits)} limits, {len(stops)} lists of stops, {len(samplings)} samplings"
             )
-        return self._pieces(zip(tokens, prompts, limits, samplings, strict=True), tuple(stop))
+        return self._pieces(zip(tokens, prompts, limits, stops, samplings, strict=True))
 
     def _pieces(
-        self, rows: Iterable[tuple[VisualTokens, str, int, Sampling]], stop: tuple[str, ...]
+        self, rows: Iterable[tuple[VisualTokens, str, int, tuple[str, ...], Sampling]]
     ) -> Iterator[Piece]:
         accepted: list[_Row] = []
-        for index, (image, prompt, limit, sampling) in enumerate(rows):
+        for index, (image, prompt, limit, stop, sampling) in enumerate(rows):
             try:
                 accepted.append(_Row(index, image, self._prompts.split(prompt), limit, stop, sampling))
             except GenerationError as error:

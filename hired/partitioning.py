@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import IO, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, JpegImagePlugin
 
@@ -32,14 +31,17 @@ from hired.errors import ConfigurationError, ImageError, ImageTooLargeError, Unr
 from hired.geometry import Tiling, fit
 from hired.types import Box, Grid, Partitions, Size
 
-# MPO is not listed: it opens as the JPEG that it begins with.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+# MPO is not listed: it opens as the JPEG that it begins with. HEIF is what phones call HEIC.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "HEIF")
 
 # At most 1.2 GB while decoding: three copies at four bytes a pixel. WebP's own buffers make it 1.6 GB.
 MAX_PIXELS = 100_000_000
 
 # Resampling holds 32 bytes of weights for each pixel of a side, however thin the picture.
 MAX_SIDE = 1_000_000
+
+# Of a HEIF file whose pictures are coded as HEVC; one of others, AVIF among them, may call itself "mif1" too.
+_HEVC_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"))
 
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -143,7 +145,7 @@ def _opened(data: bytes) -> Image.Image:
         )
     if not data:
         raise UnreadableImageError("the image is empty (0 bytes)")
-    name, opener = _opener(data[:16])
+    name, opener = _opener(data[:256])
     with _translated(name):
         return opener(io.BytesIO(data), "")
 
@@ -153,12 +155,34 @@ def _opener(head: bytes) -> tuple[str, _Opener]:
 
     ``Image.open`` would do, but its limit on pixels is one for the whole process, set by whoever comes last.
     """
+    if _is_heif(head):
+        return "HEIF", _heif_opener()
     Image.init()
     for name in FORMATS:
         opener, accepts = Image.OPEN.get(name, (None, None))
         if opener and accepts and accepts(head) is True:
             return name, opener
     raise UnreadableImageError(f"not an image in a supported format ({', '.join(FORMATS)})")
+
+
+def _is_heif(head: bytes) -> bool:
+    """Whether the file's brands, the major one and those that it is compatible with, name HEVC pictures."""
+    if head[4:8] != b"ftyp":
+        return False
+    end = min(int.from_bytes(head[:4]), len(head))
+    brands = {head[8:12], *(head[start : start + 4] for start in range(16, end, 4))}
+    return bool(brands & _HEVC_BRANDS) and head[8:12] not in (b"avif", b"avis")
+
+
+def _heif_opener() -> _Opener:
+    """The reader of HEIF; it turns pictures upright itself. Imported where needed, never registered."""
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError as error:
+        raise UnreadableImageError(
+            "the image is HEIF (HEIC), which takes the package pillow-heif; install it"
+        ) from error
+    return HeifImageFile
 
 
 def _decoded(image: Image.Image, max_pixels: int, reduced_for: Tiling | None = None) -> _Decoded:
@@ -275,6 +299,8 @@ def _resized_nearly(decoded: _Decoded, content: Box, side: int) -> tuple[Pixels,
     by_height = max(1, int(decoded.height / needed.height))
     image = decoded.image.reduce((by_width, by_height)) if by_width * by_height > 1 else decoded.image
     width, height = decoded.width / by_width, decoded.height / by_height
+    import torch  # here, as a process that only decodes is ready ten times sooner without it
+
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
 
     def resampled(size: Size) -> Pixels:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ from torch import Tensor
 from hired import policies
 from hired.batches import Batch
 from hired.budget import Budget
-from hired.errors import ModelError
+from hired.errors import ConfigurationError, ModelError
 from hired.geometry import Tiling
-from hired.policies import Policy
+from hired.policies import Merged, Policy
 from hired.tower import Tower
 from hired.types import Partitions
 
@@ -74,7 +74,8 @@ class PublishedEncoder:
     ) -> list[ProjectedTokens]:
         """The tokens that remain of each image, all images in one batch.
 
-        The policy sees CLS attention alone. Raises ConfigurationError for an unknown policy.
+        The policy sees CLS attention alone. Raises ConfigurationError for an unknown policy and for one that
+        merges tokens.
         """
         policy = policies.get(policy) if isinstance(policy, str) else policy
         batch = Batch.of(images, self._tiling)
@@ -86,7 +87,8 @@ class PublishedEncoder:
 
         limits = [policy.num_tokens(budget, real) for real in batch.real_by_image]
         candidates = copy.candidates(
-            num_tokens=torch.tensor(limits, device=self._module.device),
+            limits=limits,
+            num_before=batch.num_before,
             alpha=budget.alpha,
             feature_layer=self._feature_layer,
             from_cls={
@@ -95,8 +97,14 @@ class PublishedEncoder:
             },
             keys=_not_computed,
             features=lambda: features,
+            single_head=lambda _: _not_computed(),
         )
         keep = policy.select(candidates)
+        if isinstance(keep, Merged):
+            raise ConfigurationError(
+                f"the policy {policy.name!r} merges tokens, which the published way of encoding does not do; "
+                "choose one that only drops them"
+            )
         kept = []
         for image, rows in zip(keep, copy.row, strict=True):
             partition, patch = image.nonzero(as_tuple=True)
@@ -104,5 +112,5 @@ class PublishedEncoder:
         return kept
 
 
-def _not_computed() -> Tensor:
+def _not_computed() -> NoReturn:
     raise ModelError("the published code reads no keys; choose a policy that reads CLS attention alone")

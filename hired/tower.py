@@ -91,22 +91,24 @@ class Tower:
             else:
                 states = through(layer, states)
         last = self._layers[last_layer]
+        above = self._layers[last_layer + 1] if last_layer + 1 < self.num_layers else None
         attention = _attention(last, states)
         if last_layer in read_layers:
             from_cls[last_layer] = attention.from_cls()
-        return Sight(last, states, attention.keys, attention.context(), from_cls)
+        return Sight(last, above, states, attention.keys, attention.context(), from_cls)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sight:
     """Partitions in the middle of a layer: its attention is done, its output projection and MLP are not.
 
-    ``states`` and ``context`` are ``[n, 1 + patches, d]``, ``keys_by_head``
-    ``[n, heads, 1 + patches, d_head]``;
-    ``from_cls`` holds float32 ``[n, patches]`` by layer.
+    ``above`` is the next layer, None where there is none. ``states`` and ``context`` are
+    ``[n, 1 + patches, d]``, ``keys_by_head`` ``[n, heads, 1 + patches, d_head]``; ``from_cls`` holds float32
+    ``[n, patches]`` by layer.
     """
 
     layer: Any
+    above: Any
     states: Tensor
     keys_by_head: Tensor
     context: Tensor
@@ -119,11 +121,33 @@ class Sight:
 
     def features(self) -> Tensor:
         """The layer's output at all patches, ``[n, patches, d]``."""
-        return _after_attention(self.layer, self.states, self.context)[:, 1:]
+        return self._output()[:, 1:]
 
     def keys(self) -> Tensor:
         """The layer's keys at all patches, heads joined, ``[n, patches, d]``."""
         return self.keys_by_head.transpose(1, 2).flatten(2)[:, 1:]
+
+    def single_head(self, layers_above: int) -> tuple[Tensor, Tensor]:
+        """What CLS would attend to with one head as wide as all, float32 ``[n, patches]``, and the keys.
+
+        softmax(q_cls k^T / sqrt(d)), CLS's attention to itself left out; keys are ``[n, patches, d]``. Of
+        this layer, or of the one above, of which nothing else is run. Raises ModelError where there is none.
+        """
+        if layers_above and self.above is None:
+            raise ModelError(
+                "the layer above the feature layer is not there; choose a policy that does not read it, or "
+                "PruMerge(layers_above=0)"
+            )
+        layer, states = (self.above, self._output()) if layers_above else (self.layer, self.states)
+        states = layer.layer_norm1(states)
+        keys = layer.self_attn.k_proj(states)
+        query = layer.self_attn.q_proj(states[:, :1])
+        logits = query.float() @ keys.float().transpose(-1, -2) * keys.shape[-1] ** -0.5
+        return logits.softmax(-1)[:, 0, 1:], keys[:, 1:]
+
+    def _output(self) -> Tensor:
+        """The layer's output, CLS included."""
+        return _after_attention(self.layer, self.states, self.context)
 
 
 def _through(layer: Any, states: Tensor) -> Tensor:

@@ -21,6 +21,10 @@ from pydantic.fields import FieldInfo
 from hired.budget import Budget
 from hired.engine import EngineName, EngineOptions, Quantisation
 from hired.errors import ConfigurationError
+from pipeline.fetching import FetchOptions
+from pipeline.questions import Question, Questionnaire, read_prompts
+from pipeline.reading import ReadOptions
+from pipeline.storage import StorageOptions
 
 
 def _rate_or_tokens(value: Any) -> int | float:
@@ -54,6 +58,13 @@ def _texts(value: Any) -> Any:
     return _yaml(value) if value.startswith("[") else (value,)
 
 
+def _names(value: Any) -> Any:
+    """Names in brackets, or with commas between them, as a flag writes them."""
+    if isinstance(value, str) and not value.startswith("["):
+        return tuple(name.strip() for name in value.split(",") if name.strip())
+    return _texts(value)
+
+
 def _yaml(text: str) -> Any:
     try:
         return yaml.safe_load(text)
@@ -61,6 +72,9 @@ def _yaml(text: str) -> Any:
         raise ValueError(f"{text!r} is not YAML") from error
 
 
+Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+Format = Literal["webdataset", "jsonl", "coco", "txt"]
 TokenBudget = Annotated[int | float, BeforeValidator(_rate_or_tokens)]
 
 
@@ -150,10 +164,51 @@ class Config(Tree):
 
     input: str = Field(
         min_length=1,
-        description="folder or glob of images, parquet files with an image column, WebDataset tars",
+        description="folder, glob, file or s3:// prefix: images, parquet, WebDataset tars, JSONL, a manifest",
     )
-    output: Path = Field(
-        description="folder for captions/, dead_letters/ and manifest.json; it must not hold a run yet"
+    image_column: str | None = Field(
+        None, description="the image column of parquet input; found if there is only one"
+    )
+    uri_column: str | None = Field(
+        None,
+        description="the column of parquet or JSONL input that says where images lie; found if not given",
+    )
+    key_column: str | None = Field(None, description="the column that names rows; 'key' if there is one")
+    key: Literal["path", "sha256"] = Field(
+        "path", description="what names a row that has no key of its own; sha256 reads every image once more"
+    )
+    dedup: Literal["none", "sha256"] = Field(
+        "none", description="drop images whose bytes came before; reads every image once more"
+    )
+    keep_columns: Names = Field((), description="columns of the input to keep in the output: [url, license]")
+    limit: int | None = Field(None, gt=0, description="take only the first rows")
+    sample: int | None = Field(None, gt=0, description="take only so many rows, drawn evenly by the seed")
+    max_file_bytes: int = Field(
+        128 * 1024**2, gt=0, description="larger files become dead letters before they are read"
+    )
+    http_hosts: Names = Field(
+        (), description="hosts that http(s) images may come from; any public one if not given"
+    )
+    http_timeout_s: float = Field(30.0, gt=0, description="seconds that one http(s) image may take")
+    s3_endpoint: str | None = Field(None, description="URL of an S3 service other than Amazon's")
+    s3_region: str | None = Field(None, description="region of the buckets")
+    s3_anonymous: bool = Field(False, description="send no credentials to S3")
+    io_attempts: int = Field(6, gt=0, description="how often a read or write over the network is tried")
+
+    output: str = Field(
+        min_length=1,
+        description="folder or s3:// prefix of the run; naming that of an unfinished run goes on with it",
+    )
+    formats: Annotated[tuple[Format, ...], BeforeValidator(_names)] = Field(
+        (), description="formats besides parquet: webdataset, jsonl, coco, txt"
+    )
+    keep_images: bool = Field(False, description="put the images themselves into the parquet files")
+    rows_per_file: int = Field(5000, gt=0, description="rows of an output file")
+    rows_per_unit: int = Field(
+        100, gt=0, description="rows that are committed together, and lost together when a run is killed"
+    )
+    retry_failed: bool = Field(
+        False, description="try the dead letters of a finished run again that may succeed another time"
     )
 
     model: str = Field("embedded", description="'embedded', a checkpoint's folder, or a hub id")
@@ -179,9 +234,20 @@ class Config(Tree):
         "original", description="position ids of kept tokens: as in the full sequence, or closed up"
     )
 
-    prompt: str = Field("Describe the image.", min_length=1, description="what to ask about each image")
+    prompt: str = Field(
+        "Describe the image.",
+        min_length=1,
+        description="what to ask about each image, or @FILE; {name} is the row's column of that name",
+    )
+    prompts: Path | None = Field(
+        None, description="YAML file of several prompts, id: prompt, all asked of each image"
+    )
+    row_parameters: Names = Field(
+        (),
+        description="columns that set a row's own max_new_tokens, temperature, top_p, seed or stop",
+    )
     max_new_tokens: int = Field(64, gt=0, description="tokens to generate at most")
-    stop: Annotated[tuple[str, ...], BeforeValidator(_texts)] = Field(
+    stop: Texts = Field(
         (), description='texts before which an answer ends: one, or a list such as [".", ";"]'
     )
     temperature: float = Field(0.0, ge=0, le=100, description="0 always takes the likeliest token")
@@ -200,27 +266,132 @@ class Config(Tree):
         False,
         description="decode big images at a smaller scale: up to nine times faster, and a few levels off",
     )
-    max_file_bytes: int = Field(
-        128 * 1024**2, gt=0, description="larger files become dead letters before they are read"
+    image_timeout_s: float = Field(
+        60.0, gt=0, description="seconds that decoding one image may take; longer ones become dead letters"
     )
-    image_column: str | None = Field(
-        None, description="the image column of parquet input; found if there is only one"
+    isolated_decoding: bool = Field(
+        True, description="decode in a process of its own, so that an image that kills it kills nothing else"
     )
-    rows_per_file: int = Field(5000, gt=0, description="rows an output file should hold")
 
     partition: PartitionPool = Field(PartitionPool(), description="decode images and cut them up, on CPUs")
     encode: EncodePool = Field(EncodePool(), description="turn partitions into visual tokens")
     generate: GeneratePool = Field(GeneratePool(), description="write the captions")
     engine: Engine = Field(Engine(), description="continues the prompts")
+    actors: Literal["auto", "fixed"] = Field(
+        "fixed", description="auto measures the stages on a sample first, and sizes their pools by that"
+    )
     autoscaling: bool = Field(
         False, description="the cluster grows on demand: do not insist that all workers fit at the start"
     )
+    batch_timeout_s: float = Field(
+        1800.0, gt=0, description="a worker that takes longer for a batch is ended, and its rows tried again"
+    )
+    start_timeout_s: float = Field(
+        3600.0, gt=0, description="seconds without any progress, as when models load or nodes join"
+    )
+
+    plan: bool = Field(
+        False, description="measure the stages on a sample, say what the run will take, and end"
+    )
+    plan_seconds: float = Field(60.0, gt=0, description="seconds to measure each stage")
+    plan_cluster: str | None = Field(None, description="plan for this cluster: '64 CPU, 8 GPU'")
+    gpu_hour_price: float | None = Field(
+        None, ge=0, description="what a GPU costs an hour, for the plan's sum"
+    )
+    dry_run: bool = Field(False, description="check everything, count the rows, and end")
+    summary: Literal["text", "json"] = Field(
+        "text", description="what is printed to stdout at the end; --json is short for --summary json"
+    )
+
+    @property
+    def storage(self) -> StorageOptions:
+        """How S3 is reached."""
+        return StorageOptions(self.s3_endpoint, self.s3_region, self.s3_anonymous, self.io_attempts)
+
+    @property
+    def reading(self) -> ReadOptions:
+        """How the bytes of rows are read."""
+        http = FetchOptions(
+            hosts=self.http_hosts,
+            timeout_s=self.http_timeout_s,
+            max_bytes=self.max_file_bytes,
+            attempts=self.io_attempts,
+        )
+        return ReadOptions(max_file_bytes=self.max_file_bytes, storage=self.storage, http=http)
+
+    def questionnaire(self) -> Questionnaire:
+        """What is asked about every image; raises ConfigurationError for files that cannot be read."""
+        question = Question(
+            number=0,
+            id="default",
+            prompt=_text_of(self.prompt),
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop=self.stop,
+        )
+        questions = [question] if self.prompts is None else read_prompts(self.prompts, question)
+        return Questionnaire(questions, self.row_parameters)
 
     @property
     def budget(self) -> Budget:
         if isinstance(self.token_budget, float):
             return Budget(rate=self.token_budget, alpha=self.alpha)
         return Budget(tokens=self.token_budget, alpha=self.alpha)
+
+
+def _text_of(prompt: str) -> str:
+    """The prompt, or what the file holds that ``@FILE`` names."""
+    if not prompt.startswith("@"):
+        return prompt
+    try:
+        text = Path(prompt[1:]).expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--prompt {prompt}: the file cannot be read ({error})") from error
+    if not text:
+        raise ConfigurationError(f"--prompt {prompt}: the file is empty")
+    return text
+
+
+# Options that may change when a run is resumed: no caption depends on them.
+OPERATIONAL = frozenset(
+    {"output", "device", "partition", "encode", "generate", "actors", "autoscaling", "retry_failed"}
+    | {"batch_timeout_s", "start_timeout_s", "plan", "plan_seconds", "plan_cluster", "gpu_hour_price"}
+    | {"dry_run", "summary", "http_timeout_s", "io_attempts", "s3_endpoint", "s3_region", "s3_anonymous"}
+    | {"image_timeout_s", "isolated_decoding"}
+)
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """The options, with both values, by which two runs could write different captions."""
+    return [
+        f"{_flag(name)} was {before.get(name)!r} and is {after.get(name)!r}"
+        for name in sorted({*before, *after} - OPERATIONAL)
+        if before.get(name) != after.get(name)
+    ]
+
+
+# How --help and the documentation arrange the options; each stands in one group.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Input": (
+        *("input", "image_column", "uri_column", "key_column", "key", "dedup", "keep_columns", "limit"),
+        *("sample", "max_file_bytes", "http_hosts", "http_timeout_s", "s3_endpoint", "s3_region"),
+        *("s3_anonymous", "io_attempts"),
+    ),
+    "Output": ("output", "formats", "keep_images", "rows_per_file", "rows_per_unit", "retry_failed"),
+    "Model": ("model", "device", "dtype", "engine"),
+    "Visual tokens": ("policy", "token_budget", "alpha", "newlines", "positions"),
+    "Questions": (
+        *("prompt", "prompts", "row_parameters", "max_new_tokens", "stop", "temperature", "top_p", "seed"),
+    ),
+    "Decoding": ("max_pixels", "reduced_decoding", "image_timeout_s", "isolated_decoding"),
+    "Workers": (
+        *("partition", "encode", "generate", "actors", "autoscaling", "batch_timeout_s"),
+        "start_timeout_s",
+    ),
+    "Planning and printing": ("plan", "plan_seconds", "plan_cluster", "gpu_hour_price", "dry_run", "summary"),
+}
 
 
 def from_command_line(arguments: Sequence[str] | None = None) -> Config:
@@ -254,19 +425,28 @@ overrides the defaults, and an unknown key is an error. `make docs` writes this 
 
 A token budget with a decimal point is a rate of the image's tokens, one without is a number of tokens.
 `1.0` keeps all tokens; a bare `1` could mean either and is refused.
-
-| flag | YAML key | default | meaning |
-|---|---|---|---|
 """
 
 
 def reference() -> str:
     """The documentation of every option, a page of Markdown."""
-    rows = [
-        f"| `{_flag(name)}` | `{name}` | {_default(field)} | {_meaning(field)} |"
-        for name, field in _leaves(Config)
-    ]
-    return PAGE + "\n".join(rows)
+    parts = [PAGE.rstrip()]
+    for title, options in _groups():
+        rows = [
+            f"| `{_flag(name)}` | `{name}` | {_default(field)} | {_meaning(field)} |".replace("\n", " ")
+            for name, field in options
+        ]
+        parts.append(
+            f"## {title}\n\n| flag | YAML key | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows)
+        )
+    return "\n\n".join(parts)
+
+
+def _groups() -> Iterator[tuple[str, list[tuple[str, FieldInfo]]]]:
+    """Each group of options with its leaves."""
+    leaves = list(_leaves(Config))
+    for title, names in GROUPS.items():
+        yield title, [(name, field) for name, field in leaves if name.partition(".")[0] in names]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -283,16 +463,25 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=None,
     )
     parser.add_argument("--config", metavar="run.yaml", help="YAML file with the keys of the flags below")
-    for name, field in _leaves(Config):
-        optional_value: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
-        parser.add_argument(
-            _flag(name),
-            dest=name,
-            metavar=name.rpartition(".")[2].upper(),
-            help=f"{_meaning(field)} [{_default(field)}]".replace("%", "%%"),
-            **optional_value,
-        )
+    for title, options in _groups():
+        group = parser.add_argument_group(title)
+        for name, field in options:
+            _add_flag(group, name, field)
+    parser.add_argument(
+        "--json", dest="summary", action="store_const", const="json", help="print the summary as JSON"
+    )
     return parser
+
+
+def _add_flag(group: Any, name: str, field: FieldInfo) -> None:
+    optional_value: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+    group.add_argument(
+        _flag(name),
+        dest=name,
+        metavar=name.rpartition(".")[2].upper(),
+        help=f"{_meaning(field)} [{_default(field)}]".replace("%", "%%"),
+        **optional_value,
+    )
 
 
 def _leaves(tree: type[Tree], above: str = "") -> Iterator[tuple[str, FieldInfo]]:

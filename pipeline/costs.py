@@ -59,13 +59,17 @@ def added(parts: Iterable[Mapping[str, StageCost]]) -> dict[str, StageCost]:
 
 
 def stage_costs(rows: pa.Table) -> dict[str, StageCost]:
-    """What each stage took for these rows, by the columns it left in them."""
+    """What each stage took for these rows, by the columns it left in them.
+
+    Answers to further questions about an image have no seconds (NaN) in the stages that they share.
+    """
     stages = [name.removesuffix(SECONDS) for name in rows.column_names if name.endswith(SECONDS)]
-    return {
-        stage: StageCost(
-            rows=rows.num_rows,
-            busy_s=pc.sum(rows[stage + SECONDS]).as_py(),
-            peak_rss_bytes=pc.max(rows[stage + PEAK_RSS]).as_py(),
-        )
-        for stage in stages
-    }
+    return {stage: _stage_cost(rows, stage) for stage in stages}
+
+
+def _stage_cost(rows: pa.Table, stage: str) -> StageCost:
+    seconds = rows[stage + SECONDS].to_numpy()
+    own = seconds[~np.isnan(seconds)]
+    return StageCost(
+        rows=len(own), busy_s=float(own.sum()), peak_rss_bytes=pc.max(rows[stage + PEAK_RSS]).as_py()
+    )

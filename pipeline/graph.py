@@ -1,46 +1,64 @@
 """The dataset graph on one page.
 
-inventory -> read -> PartitionStage -> EncodeStage -> GenerateStage -> captions | dead letters
-             tasks   actors, CPU       actors, GPU    actors, GPU      tasks
+inventory -> feed -> ReadStage -> PartitionStage -> EncodeStage -> GenerateStage -> answers, to the driver
+             a task  tasks        actors, CPU       actors, GPU    actors, GPU
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import ray.data
 from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.config import Config, Pool
-from pipeline.reading import ReadStage
+from pipeline.feeding import Feed
+from pipeline.guard import Guarded
 from pipeline.resources import Cluster
-from pipeline.sinks import CaptionSink
-from pipeline.sources import Inventory
-from pipeline.stages import EncodeStage, GenerateStage, PartitionStage
+from pipeline.stages import EncodeStage, GenerateStage, PartitionStage, ReadStage
 
-# An image that kills its worker would otherwise be tried for ever. Workers themselves restart without limit.
-MAX_TASK_RETRIES = 3
+# A node that goes takes a batch with it, as a deadly row does; the guard finds the latter out and lets it go.
+MAX_TASK_RETRIES = -1
 
 
-def run_graph(inventory: Inventory, config: Config, cluster: Cluster, sink: CaptionSink) -> None:
-    """Run every row of the inventory through the three stages into the sink."""
-    rows = ray.data.from_arrow(inventory.tables())
+@dataclass(frozen=True)
+class Stages:
+    """The classes that the workers run."""
+
+    read: type = ReadStage
+    partition: type = PartitionStage
+    encode: type = EncodeStage
+    generate: type = GenerateStage
+
+
+def answers(
+    feed: Feed, config: Config, cluster: Cluster, attempts: Any, stages: Stages
+) -> Iterator[pa.Table]:
+    """Run what is fed through the stages; answers come in any order, as they are done."""
+    rows = ray.data.read_datasource(feed, concurrency=1, num_cpus=0)
     images = rows.map_batches(
-        ReadStage(config).__call__, batch_size=None, batch_format="numpy", num_cpus=cluster.task_cpus
+        stages.read(config).__call__, batch_size=None, batch_format="pyarrow", num_cpus=cluster.task_cpus
     )
-    partitions = _mapped(images, PartitionStage, config.partition, config)
-    tokens = _mapped(partitions, EncodeStage, config.encode, config)
-    captions = _mapped(tokens, GenerateStage, config.generate, config, config.generate.concurrent_calls)
-    captions.write_datasink(sink, ray_remote_args={"num_cpus": cluster.task_cpus})
+    partitions = _mapped(images, stages.partition, config.partition, config, attempts)
+    tokens = _mapped(partitions, stages.encode, config.encode, config, attempts)
+    captions = _mapped(
+        tokens, stages.generate, config.generate, config, attempts, config.generate.concurrent_calls
+    )
+    yield from captions.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
-def _mapped(dataset: Any, stage: type, pool: Pool, config: Config, concurrent_calls: int = 1) -> Any:
+def _mapped(
+    dataset: Any, stage: type, pool: Pool, config: Config, attempts: Any, concurrent_calls: int = 1
+) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # max_task_retries has no successor yet
         return dataset.map_batches(
-            stage,
-            fn_constructor_args=(config,),
+            type(stage.__name__, (Guarded,), {}),  # the name that Ray shows
+            fn_constructor_args=(stage, config, attempts, config.batch_timeout_s),
             batch_size=pool.batch_size,
             batch_format="numpy",
             compute=ray.data.ActorPoolStrategy(
@@ -50,6 +68,5 @@ def _mapped(dataset: Any, stage: type, pool: Pool, config: Config, concurrent_ca
             ),
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
-            udf_modifying_row_count=False,
             max_task_retries=MAX_TASK_RETRIES,
         )

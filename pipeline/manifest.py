@@ -1,28 +1,22 @@
-"""What a finished run says about itself: ``OUTPUT/manifest.json``, written last, so it means "complete"."""
+"""What a run says about itself: identity and sessions below ``_work``, and ``manifest.json`` at its end."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from pipeline.costs import StageCost
+from pipeline.plan import Plan
+from pipeline.storage import Store
+from pipeline.tally import Counts, Example, Histograms, Record, Tokens
 
 MANIFEST = "manifest.json"
 PACKAGES = ("hired", "torch", "transformers", "ray", "pyarrow", "pillow", "numpy")
 FINGERPRINTED = ("*.safetensors", "*.json", "*.jinja", "*.model")
-
-
-class Record(BaseModel):
-    """A part of the manifest."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Model(Record):
@@ -33,53 +27,56 @@ class Model(Record):
     files: dict[str, str]
 
 
-class Counts(Record):
-    """Rows in and rows out; ``dead_letters_by_error`` is keyed by stage and error type, ``read: OSError``."""
+class Session(Record):
+    """One go of a run, from its start to its end or to its kill.
 
-    rows: int
-    captions: int
-    dead_letters: int
-    dead_letters_by_error: dict[str, int]
-
-
-class Tokens(Record):
-    """Tokens of all captioned images, newlines included; ``visual_full`` is what keep-all would have sent."""
-
-    visual_full: int
-    visual_kept: int
-    prompt: int
-    completion: int
-
-
-class Manifest(Record):
-    """All of it."""
+    ``progress`` holds seconds since the start and rows done by then, in this go and before.
+    """
 
     run_id: str
     started_at: datetime
     finished_at: datetime
     wall_s: float
+    rows: int
+    progress: list[tuple[float, int]]
+    cluster: dict[str, float]
+
+
+class Identity(Record):
+    """What a run is: written at its first start, compared whenever it is resumed."""
+
+    run_id: str
+    started_at: datetime
+    command: str
+    configuration: dict[str, Any]
+    model: Model
+    versions: dict[str, str]
+
+
+class Manifest(Record):
+    """All of it. ``wall_s`` is the sum over the sessions that ended, ``duplicates`` what --dedup dropped."""
+
+    run_id: str
+    started_at: datetime
+    finished_at: datetime
+    wall_s: float
+    command: str
     configuration: dict[str, Any]
     versions: dict[str, str]
     model: Model
-    cluster: dict[str, float]
     counts: Counts
+    duplicates: int
     tokens: Tokens
+    histograms: Histograms
+    failures: dict[str, list[Example]]
     stages: dict[str, StageCost]
-
-    def write(self, output: Path) -> Path:
-        """The file, which appears whole or not at all."""
-        return write_atomically(output / MANIFEST, self.model_dump_json(indent=2) + "\n")
+    sessions: list[Session]
+    plan: Plan | None = None
 
 
-def read_manifest(output: Path) -> Manifest:
-    return Manifest.model_validate_json((output / MANIFEST).read_text(encoding="utf-8"))
-
-
-def write_atomically(file: Path, text: str) -> Path:
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, file)
-    return file
+def read_manifest(output: str | Path) -> Manifest:
+    """That of a finished run, in a local folder or below an s3:// prefix."""
+    return Manifest.model_validate_json(Store(output).read(MANIFEST))
 
 
 def fingerprint(name: str, folder: Path) -> Model:

@@ -2,29 +2,37 @@
 
     bytes --PartitionStage--> Partitions --EncodeStage--> VisualTokens --GenerateStage--> Caption
 
-As many rows come out as went in. A row that fails carries its ``Failure`` and is passed on untouched; its
-neighbours are worked on. ``ConfigurationError`` is no row's fault and is raised, and so is an error of the
-accelerator itself, after which nothing on it can be trusted.
-GenerateStage may be called by several threads at once, whose rows share the engine's batches.
+As many rows come out as went in; GenerateStage makes one of every question about a row, and may be called by
+several threads at once, whose rows share the engine's batches.
+A row that fails carries its ``Failure`` and is passed on untouched; its neighbours are worked on.
+``ConfigurationError`` is no row's fault and is raised, and so is an error of the accelerator itself, after
+which nothing on it can be trusted.
 Each stage adds two columns: its seconds, shared out over the rows, and its process's peak resident memory.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
+import numpy as np
+import pyarrow as pa
 import torch
 import transformers
+from numpy.typing import NDArray
 
 from hired import families
 from hired.devices import resolve_handoff_dtype
 from hired.engine import Sampling
 from hired.errors import ConfigurationError, ImageError
+from hired.geometry import Tiling
 from hired.partitioning import partition
 from hired.types import Caption, Partitions, VisualTokens
 from hired.vlm import resolve
@@ -32,6 +40,7 @@ from pipeline.columns import (
     Batch,
     Failure,
     of_captions,
+    of_images,
     of_partitions,
     of_tokens,
     to_images,
@@ -40,12 +49,55 @@ from pipeline.columns import (
 )
 from pipeline.config import Config, Pool
 from pipeline.costs import PEAK_RSS, SECONDS, metered
+from pipeline.isolation import IsolatedPartitioner
+from pipeline.questions import Question, from_json
+from pipeline.reading import read
+from pipeline.rows import to_items
 
 log = logging.getLogger(__name__)
 
+# What a row has from its beginning to its end.
+LABELS = ("index", "key", "path", "questions", "is_sample")
+BYTES_PER_PART = 64 * 2**20
+
 Before = TypeVar("Before")
 After = TypeVar("After")
-Keyed = tuple[str, VisualTokens]
+
+
+class ReadStage:
+    """Rows of an inventory, in Arrow -> rows with their file's bytes; one that cannot be read fails alone."""
+
+    name = "read"
+
+    def __init__(self, config: Config) -> None:
+        self._options = config.reading
+
+    def __call__(self, block: pa.Table) -> Iterator[Batch]:
+        """As many rows as came in, in parts: a block of large files is never in memory as a whole."""
+        images = read(list(to_items(block)), self._options)
+        end = 0
+        while end < block.num_rows:
+            started_s = time.perf_counter()
+            rows = list(_part(images))
+            start, end = end, end + len(rows)
+            part = {name: _numpy(block[name][start:end]) for name in LABELS}
+            yield part | of_images(rows) | metered(self.name, len(rows), started_s)
+
+
+def _part(images: Iterator[bytes | Failure]) -> Iterator[bytes | Failure]:
+    """The next images, as many as may be in memory at once."""
+    num_bytes = 0
+    for image in images:
+        yield image
+        num_bytes += 0 if isinstance(image, Failure) else len(image)
+        if num_bytes >= BYTES_PER_PART:
+            return
+
+
+def _numpy(column: pa.ChunkedArray) -> Any:
+    return (
+        np.array(column.to_pylist(), dtype=object) if pa.types.is_string(column.type) else column.to_numpy()
+    )
 
 
 class PartitionStage:
@@ -55,22 +107,34 @@ class PartitionStage:
 
     def __init__(self, config: Config) -> None:
         prepare_worker(config.partition)
-        self._max_pixels, self._reduced = config.max_pixels, config.reduced_decoding
-        self._tiling = families.tiling(resolve(config.model))
+        tiling = families.tiling(resolve(config.model))
+        max_pixels, reduced = config.max_pixels, config.reduced_decoding
+        self._partition: Callable[[Sequence[bytes]], list[Partitions | Exception]] = (
+            IsolatedPartitioner(
+                tiling, max_pixels=max_pixels, reduced=reduced, timeout_s=config.image_timeout_s
+            )
+            if config.isolated_decoding
+            else partial(_partitioned, tiling=tiling, max_pixels=max_pixels, reduced=reduced)
+        )
 
     def __call__(self, batch: Batch) -> Batch:
         started_s = time.perf_counter()
         rows = attempt(self.name, to_images(batch), self._partition)
         return labels(batch) | of_partitions(rows) | metered(self.name, len(rows), started_s)
 
-    def _partition(self, images: Sequence[bytes]) -> list[Partitions | Exception]:
-        return [self._partition_one(image) for image in images]
 
-    def _partition_one(self, image: bytes) -> Partitions | Exception:
+def _partitioned(
+    images: Sequence[bytes], *, tiling: Tiling, max_pixels: int, reduced: bool
+) -> list[Partitions | Exception]:
+    """In this process."""
+
+    def one(image: bytes) -> Partitions | Exception:
         try:
-            return partition(image, self._tiling, max_pixels=self._max_pixels, reduced=self._reduced)
+            return partition(image, tiling, max_pixels=max_pixels, reduced=reduced)
         except ImageError as error:
             return error
+
+    return [one(image) for image in images]
 
 
 class EncodeStage:
@@ -101,7 +165,7 @@ class EncodeStage:
 
 
 class GenerateStage:
-    """Visual tokens -> captions."""
+    """Visual tokens -> captions, one for every question about them."""
 
     name = "generate"
 
@@ -116,36 +180,82 @@ class GenerateStage:
             positions=config.positions,
             engine=config.engine.options(config.generate.num_gpus or 0),
         )
-        self._config = config
         self._ended_s = 0.0  # when the last call did; several may run at once
 
     def __call__(self, batch: Batch) -> Batch:
         started_s = time.perf_counter()
-        keyed: list[Keyed | Failure] = [
-            tokens if isinstance(tokens, Failure) else (str(key), tokens)
-            for key, tokens in zip(batch["key"], to_tokens(batch), strict=True)
-        ]
-        rows = attempt(self.name, keyed, self._generate)
-        size = {name: batch[name] for name in ("height", "width")}
+        tokens = to_tokens(batch)
+        asked = [from_json(str(questions)) for questions in batch["questions"]]
+        source = np.repeat(np.arange(len(asked)), [len(questions) for questions in asked])
+        prompts = [question for questions in asked for question in questions]
+        rows = attempt(
+            self.name,
+            [
+                _asked(tokens[row], str(batch["key"][row]), question)
+                for row, question in zip(source, prompts, strict=True)
+            ],
+            self._generate,
+        )
         # Calls that overlap share their seconds: each is charged from the end of the one before.
         started_s, self._ended_s = max(started_s, self._ended_s), time.perf_counter()
-        return labels(batch) | size | of_captions(rows) | metered(self.name, len(rows), started_s)
-
-    def _generate(self, rows: Sequence[Keyed]) -> Sequence[Caption | Exception]:
-        config = self._config
-        return self._generator.generate(
-            [tokens for _, tokens in rows],
-            [config.prompt] * len(rows),
-            max_new_tokens=config.max_new_tokens,
-            stop=config.stop,
-            sampling=[self._sampling(key) for key, _ in rows],
+        kept = [_kept(tokens[row]) if batch["is_sample"][row] else "" for row in source]
+        return (
+            _repeated(labels(batch), source)
+            | {name: batch[name][source] for name in ("height", "width")}
+            | {
+                "question": np.array([question.number for question in prompts], np.int32),
+                "prompt": np.array([question.prompt for question in prompts], dtype=object),
+                "kept": np.array(kept, dtype=object),
+            }
+            | of_captions(rows)
+            | metered(self.name, len(rows), started_s)
         )
 
-    def _sampling(self, key: str) -> Sampling:
-        """The row's own seed, so that it is answered alike in any batch and in any run."""
-        config = self._config
-        digest = hashlib.blake2b(f"{config.seed}/{key}".encode(), digest_size=8).digest()
-        return Sampling(config.temperature, config.top_p, int.from_bytes(digest) >> 1)
+    def _generate(self, rows: Sequence[Asked]) -> Sequence[Caption | Exception]:
+        return self._generator.generate(
+            [row.tokens for row in rows],
+            [row.question.prompt for row in rows],
+            max_new_tokens=[row.question.max_new_tokens for row in rows],
+            stop=[row.question.stop for row in rows],
+            sampling=[row.sampling for row in rows],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question about an image."""
+
+    key: str
+    tokens: VisualTokens
+    question: Question
+
+    @property
+    def sampling(self) -> Sampling:
+        """With a seed of its own, so that it is answered alike in any batch and in any run."""
+        question = self.question
+        text = f"{question.seed}/{question.id}/{self.key}"
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        return Sampling(question.temperature, question.top_p, int.from_bytes(digest) >> 1)
+
+
+def _asked(tokens: VisualTokens | Failure, key: str, question: Question) -> Asked | Failure:
+    return tokens if isinstance(tokens, Failure) else Asked(key, tokens, question)
+
+
+def _kept(tokens: VisualTokens | Failure) -> str:
+    """Which tokens were kept, for the report: partitions and patches."""
+    if isinstance(tokens, Failure):
+        return ""
+    return json.dumps({"partition": tokens.partition.tolist(), "patch": tokens.patch.tolist()})
+
+
+def _repeated(batch: Batch, source: NDArray[Any]) -> Batch:
+    """The rows numbered so. What a row cost is told once: in its further answers it is NaN."""
+    first = np.diff(source, prepend=-1) > 0
+    return {
+        name: np.where(first, column[source], np.nan) if name.endswith(SECONDS) else column[source]
+        for name, column in batch.items()
+    }
 
 
 def attempt(
@@ -182,9 +292,7 @@ def _results(
 
 def labels(batch: Batch) -> Batch:
     """The columns that accompany a row through every stage."""
-    return {
-        name: batch[name] for name in batch if name in ("key", "path") or name.endswith((SECONDS, PEAK_RSS))
-    }
+    return {name: batch[name] for name in batch if name in LABELS or name.endswith((SECONDS, PEAK_RSS))}
 
 
 def prepare_worker(pool: Pool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,18 +84,28 @@ def save(model: LlavaNextForConditionalGeneration, tokenizer: Any, folder: Path)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     shipped.generation_config = GenerationConfig(**ids)
     shipped.save_pretrained(folder)
+    save_processor(shipped.config, tokenizer, folder, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5])
+
+
+def save_processor(
+    config: LlavaNextConfig, tokenizer: Any, folder: Path, **normalisation: Sequence[float]
+) -> None:
+    """Tokenizer, chat template and an image processor that cuts pictures as ``config`` says.
+
+    ``normalisation`` is ``image_mean`` and ``image_std``; without them CLIP's.
+    """
+    side = config.vision_config.image_size
     image_processor = LlavaNextImageProcessorPil(
-        size={"shortest_edge": painter.SIDE},
-        crop_size={"height": painter.SIDE, "width": painter.SIDE},
-        image_grid_pinpoints=_CANVASES,
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_grid_pinpoints=config.image_grid_pinpoints,
+        **normalisation,
     )
     LlavaNextProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
         chat_template=CHAT_TEMPLATE,
         num_additional_image_tokens=1,
     ).save_pretrained(folder)

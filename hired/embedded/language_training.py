@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from hired.embedded import painter, supervision
-from hired.embedded.optimisation import Optimiser, elapsed
+from hired.embedded.optimisation import Named, Optimiser, elapsed
 from hired.embedded.sequences import (
     IGNORED,
     Example,
@@ -93,7 +93,7 @@ class Trainer:
     def match_projector(self, minutes: float) -> None:
         """The projector alone: from the tower's features to what ``Truth`` says of the same patch."""
         projector = self.model.model.multi_modal_projector
-        optimiser = Optimiser([_Named("projector", projector)], peak=2e-3, warm_up_steps=50)
+        optimiser = Optimiser([Named("projector", projector)], peak=2e-3, warm_up_steps=50)
         seen = self._seen_pictures()
         for step, done in elapsed(minutes):
             examples = self._compose(next(seen), full=False)
@@ -109,7 +109,7 @@ class Trainer:
         """The language model and the projector on the tower's features."""
         projector = self.model.model.multi_modal_projector
         self._learn(
-            "tower", minutes, peak, _Named("projector", projector), self._seen_pictures(),
+            "tower", minutes, peak, Named("projector", projector), self._seen_pictures(),
             lambda examples: projector(_features(examples, self.device)),
         )  # fmt: skip
 
@@ -241,11 +241,3 @@ class _Newline(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.newline = model.model.image_newline
-
-
-class _Named(nn.Module):
-    """A module under a name by which the optimiser tells matrices between hidden layers."""
-
-    def __init__(self, name: str, module: nn.Module) -> None:
-        super().__init__()
-        self.add_module(name, module)

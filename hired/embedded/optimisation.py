@@ -37,6 +37,14 @@ class Optimiser:
             optimiser.zero_grad(set_to_none=True)
 
 
+class Named(nn.Module):
+    """A module under a name by which the optimiser tells matrices between hidden layers."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__()
+        self.add_module(name, module)
+
+
 def _split(modules: Sequence[nn.Module]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The matrices between hidden layers, and embeddings, heads, norms and biases."""
     hidden: list[nn.Parameter] = []

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hired.attention import Attention
 from hired.embedded import painter, supervision
-from hired.embedded.optimisation import Optimiser, elapsed
+from hired.embedded.optimisation import Named, Optimiser, elapsed
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,12 @@ def _scene_partitions(rng: random.Random) -> Iterator[tuple[NDArray[np.uint8], N
             yield pixels, labels, i == 0
 
 
+def _drawn(seed: int, num_sheets: int, num_from_scenes: int) -> Iterator[Batch]:
+    """The batches of ``Sheets``, drawn ahead in a process of their own."""
+    sheets = Sheets(seed, num_sheets, num_from_scenes)
+    return iter(DataLoader(sheets, batch_size=None, num_workers=1, prefetch_factor=8))
+
+
 class Heads(nn.Module):
     """What the training asks of the tower and the shipped model leaves out."""
 
@@ -80,10 +86,16 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
 
 def feature_layer(tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     """hidden_states[-2] [n, 1 + patches, d] of the normalised pixels."""
-    hidden = tower.pre_layrnorm(tower.embeddings(pixels))  # type: ignore[operator]
-    for layer in tower.encoder.layers[:-1]:  # type: ignore[union-attr,index]
+    return hidden_state(tower, pixels, -2)
+
+
+def hidden_state(tower: Any, pixels: torch.Tensor, index: int) -> torch.Tensor:
+    """hidden_states[index] [n, 1 + patches, d] of the normalised pixels; ``index`` counts from the end."""
+    layers = tower.encoder.layers
+    hidden: torch.Tensor = tower.pre_layrnorm(tower.embeddings(pixels))
+    for layer in layers[: len(layers) + 1 + index]:
         hidden = layer(hidden, attention_mask=None)
-    return hidden  # type: ignore[no-any-return]
+    return hidden
 
 
 def tower_loss(
@@ -112,18 +124,14 @@ def train_tower(
     reuse: int = 2,
 ) -> Heads:
     """Trains ``tower`` in place for so many minutes and returns its heads. ``save`` is called now and then.
-    ``peak`` is the highest learning rate.
 
-    Each batch is trained on ``reuse`` times, far apart: drawing costs as much as a step does on a CPU core.
+    ``peak`` is the highest learning rate. Each batch is trained on ``reuse`` times, far apart: drawing costs
+    as much as a step does on a CPU core.
     """
     torch.manual_seed(seed)
     heads = Heads(tower.config.hidden_size).to(device)  # type: ignore[union-attr,arg-type]
     optimiser = Optimiser([tower, heads], peak=peak)
-    drawn = iter(
-        DataLoader(
-            Sheets(seed, num_sheets, num_from_scenes), batch_size=None, num_workers=1, prefetch_factor=8
-        )
-    )
+    drawn = _drawn(seed, num_sheets, num_from_scenes)
     kept: deque[Batch] = deque(maxlen=400)
     rng = random.Random(seed)
     forward = torch.compile(feature_layer)
@@ -159,18 +167,16 @@ def teach_attention(tower: Any, *, minutes: float, seed: int, device: torch.devi
     choice of tokens does. The feature layer and the one below it are trained, in place.
     """
     torch.manual_seed(seed)
-    layers = tower.encoder.layers
-    before, learning = copy.deepcopy(layers[-3:-1]), layers[-3:-1]
+    learning = tower.encoder.layers[-3:-1]
+    before = copy.deepcopy(learning)
     learning.requires_grad_(True)
-    optimiser = Optimiser([_Layers(learning)], peak=3e-4, warm_up_steps=50)
-    drawn = iter(DataLoader(Sheets(seed, 4, 24), batch_size=None, num_workers=1, prefetch_factor=8))
+    optimiser = Optimiser([Named("layers", learning)], peak=3e-4, warm_up_steps=50)
+    drawn = _drawn(seed, num_sheets=4, num_from_scenes=24)
     for step, done in elapsed(minutes):
         batch = next(drawn)
         with torch.autocast(device.type, torch.bfloat16):
             with torch.no_grad():
-                states = tower.pre_layrnorm(tower.embeddings(normalise(batch.pixels.to(device))))
-                for layer in layers[:-3]:
-                    states = layer(states, attention_mask=None)
+                states = hidden_state(tower, normalise(batch.pixels.to(device)), -4)
                 wanted = before[1](before[0](states, attention_mask=None), attention_mask=None).float()
             states = learning[0](states, attention_mask=None)
             from_cls = Attention.of(learning[1].self_attn, learning[1].layer_norm1(states)).from_cls()
@@ -201,14 +207,6 @@ def attention_loss(from_cls: torch.Tensor, worth: torch.Tensor) -> torch.Tensor:
     some = worth.sum(-1) > 0
     looked, wanted = (of[some] / of[some].sum(-1, keepdim=True) for of in (from_cls, worth))
     return functional.kl_div(looked.log(), wanted, reduction="batchmean")
-
-
-class _Layers(nn.Module):
-    """Layers under the name by which the optimiser tells hidden matrices."""
-
-    def __init__(self, layers: nn.ModuleList) -> None:
-        super().__init__()
-        self.layers = layers
 
 
 @torch.no_grad()

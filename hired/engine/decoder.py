@@ -83,10 +83,6 @@ class Decoder:
         return int(self.config.max_position_embeddings)
 
     @property
-    def vocabulary_size(self) -> int:
-        return int(self._head.weight.shape[0])
-
-    @property
     def shape(self) -> Shape:
         config = self.config
         return Shape(

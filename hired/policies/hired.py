@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hired.attention import most_attended
 from hired.budget import allocate, visual_content_scores
-from hired.policies.policy import Candidates, Policy
+from hired.policies.policy import Candidates, Merged, Policy
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,12 @@ class Hired(Policy):
     def layers(self, feature_layer: int) -> tuple[int, ...]:
         return self.initial_layer, feature_layer if self.final_layer is None else self.final_layer
 
-    def select(self, candidates: Candidates) -> Tensor:
-        initial, final = (candidates.cls_attention[i] for i in self.layers(candidates.feature_layer))
+    def allocate(self, candidates: Candidates) -> Tensor:
+        """Phase 1: the tokens of each partition, int64 ``[images, partitions]``."""
+        initial = candidates.cls_attention[self.layers(candidates.feature_layer)[0]]
         scores = visual_content_scores(initial[:, 0], candidates.overlap)
-        num_real = candidates.real.sum(-1)
-        counts = allocate(candidates.num_tokens, scores, num_real, candidates.alpha)
-        return most_attended(final, counts, among=candidates.real)
+        return allocate(candidates.num_tokens, scores, candidates.num_real, candidates.alpha)
+
+    def select(self, candidates: Candidates) -> Tensor | Merged:
+        final = candidates.cls_attention[self.layers(candidates.feature_layer)[1]]
+        return most_attended(final, self.allocate(candidates), among=candidates.real)

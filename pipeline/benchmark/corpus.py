@@ -15,7 +15,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import pyarrow.parquet as pq
 import ray
 
 from hired.errors import ConfigurationError
@@ -79,8 +78,8 @@ def configuration(subject: Subject, corpus: Path, output: Path) -> Config:
         "token_budget": ARMS[ARM].rate,
         "prompt": options.prompt,
         "max_new_tokens": options.max_new_tokens,
-        # A file a batch: the times at which files appear tell when rows were done.
-        "rows_per_file": options.batch_size,
+        # A unit a batch: the times of their commits tell when rows were done.
+        "rows_per_unit": options.batch_size,
         "encode": {"batch_size": options.encode_batch_size, "compile": options.compile},
         "generate": {"batch_size": options.batch_size},
     }
@@ -111,22 +110,22 @@ def _bare_seconds(subject: Subject, config: Config) -> float:
 def _job(config: Config, bare_s_per_row: float) -> dict[str, float]:
     """Seconds of one run: all, start-up and end, and those that each stage's workers were busy.
 
-    Start-up is the time to the first rows less what the bare loop takes for as many; a corpus of which all
-    rows are written at once does not tell it.
+    Start-up is the time to the first committed rows less what the bare loop takes for as many, and the time
+    after the last; a corpus of which all rows are committed at once does not tell it.
     """
-    started_s = time.time()
+    started_s = time.perf_counter()
     manifest = caption_corpus(config)
-    ended_s = time.time()
+    wall_s = time.perf_counter() - started_s
     if manifest.counts.dead_letters:
         raise RuntimeError(f"the job lost rows: {manifest.counts.dead_letters_by_error}")
-    files = sorted((config.output / "captions").glob("*.parquet"), key=lambda file: file.stat().st_mtime)
-    first_s, last_s = (file.stat().st_mtime for file in (files[0], files[-1]))
     busy = {f"{stage}_busy_s": digits(cost.busy_s) for stage, cost in manifest.stages.items()}
-    if len(files) == 1:
-        return {"wall_s": ended_s - started_s} | busy
-    first_rows = pq.read_metadata(files[0]).num_rows
-    before_s = max(0.0, first_s - started_s - first_rows * bare_s_per_row)
-    return {"wall_s": ended_s - started_s, "start_up_s": before_s + (ended_s - last_s)} | busy
+    session = manifest.sessions[-1]
+    committed = [(seconds, rows) for seconds, rows in session.progress if rows]
+    if len(committed) < 2:
+        return {"wall_s": wall_s} | busy
+    (first_s, first_rows), (last_s, _) = committed[0], committed[-1]
+    before_s = max(0.0, wall_s - session.wall_s + first_s - first_rows * bare_s_per_row)
+    return {"wall_s": wall_s, "start_up_s": before_s + (session.wall_s - last_s)} | busy
 
 
 @contextmanager

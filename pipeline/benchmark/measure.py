@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -34,29 +33,13 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """The median of repeats between the smallest and the largest."""
-
-    median: float
-    smallest: float
-    largest: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(statistics.median(values), min(values), max(values))
-
-    def figures(self) -> dict[str, float]:
-        """For the record, at four digits."""
-        return {
-            "median": digits(self.median),
-            "min": digits(self.smallest),
-            "max": digits(self.largest),
-        }
-
-
 def spread(values: Sequence[float]) -> dict[str, float]:
-    return Spread.of(values).figures()
+    """The median of repeats between the smallest and the largest, as the record keeps them."""
+    return {
+        "median": digits(statistics.median(values)),
+        "min": digits(min(values)),
+        "max": digits(max(values)),
+    }
 
 
 def digits(value: float) -> float:

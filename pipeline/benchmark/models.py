@@ -18,11 +18,10 @@ from transformers import (
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
-    LlavaNextProcessor,
 )
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from hired.embedded.tokenisation import BOS, CHAT_TEMPLATE, IMAGE, PAD, build_tokenizer
+from hired.embedded.checkpoint import save_processor
+from hired.embedded.tokenisation import BOS, IMAGE, PAD, build_tokenizer
 from hired.vlm import resolve
 
 SEED = 0
@@ -122,17 +121,4 @@ def _save(model: str, folder: Path, device: torch.device) -> None:
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "pad")}
     weights.generation_config = GenerationConfig(**ids)
     weights.save_pretrained(folder, max_shard_size="4GB")
-    side = config.vision_config.image_size
-    image_processor = LlavaNextImageProcessorPil(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_grid_pinpoints=config.image_grid_pinpoints,
-    )
-    LlavaNextProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE,
-        num_additional_image_tokens=1,
-    ).save_pretrained(folder)
+    save_processor(config, tokenizer, folder)

@@ -14,7 +14,8 @@ from hired.errors import ConfigurationError
 from pipeline.benchmark.measure import digits
 from pipeline.benchmark.page import page
 from pipeline.benchmark.subject import Options, Subject, num_parameters
-from pipeline.manifest import versions, write_atomically
+from pipeline.manifest import versions
+from pipeline.storage import Store
 
 SECTION_MODULES = {
     "engine": "generation",
@@ -48,8 +49,9 @@ def run(options: Options, command: str) -> Path:
             "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "figures": module.measure(subject),
         }
-        write_atomically(stem.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
-        write_atomically(stem.with_suffix(".md"), page(record))
+        store = Store(stem.parent)
+        store.write(f"{stem.name}.json", (json.dumps(record, indent=2) + "\n").encode())
+        store.write(f"{stem.name}.md", page(record).encode())
     return stem.with_suffix(".md")
 
 

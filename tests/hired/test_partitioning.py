@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import re
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pillow_heif
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -409,6 +412,54 @@ def test_of_an_animation_the_first_frame_is_taken(file_format: str) -> None:
     assert difference(decoded, red) < 2
 
 
+# HEIF
+
+
+def heif(image: Image.Image, exif: Image.Exif | None = None) -> bytes:
+    file = pillow_heif.from_pillow(image)
+    if exif:
+        file.info["exif"] = exif.tobytes()  # is turned into the file's own rotation
+    buffer = io.BytesIO()
+    file.save(buffer, quality=90)
+    return buffer.getvalue()
+
+
+def test_a_phones_picture_is_read_without_registering_anything_in_pillow() -> None:
+    assert difference(decode(heif(picture())), picture()) < 3
+    assert "HEIF" not in Image.OPEN
+
+
+def test_a_heif_file_that_calls_itself_by_the_container_is_no_avif() -> None:
+    data = bytearray(heif(picture()))
+    assert data[4:12] == b"ftypheic"
+    data[8:12] = b"mif1"
+    assert difference(decode(bytes(data)), picture()) < 3
+    avif = bytearray(FILES["AVIF"])
+    assert avif[4:12] == b"ftypavif"
+    avif[8:12] = b"mif1"
+    assert difference(decode(bytes(avif)), picture()) < 12  # it was noisy
+
+
+def test_a_heif_picture_that_was_held_sideways_stands_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = picture().transpose(Image.Transpose.ROTATE_90)
+    upright = decode(heif(stored, exif))
+    assert upright.size == (90, 60)
+    assert difference(upright, picture()) < 3
+
+
+def test_transparency_in_heif_lies_over_white() -> None:
+    image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    assert pixels(decode(heif(image))).min() > 250
+
+
+def test_without_its_package_heif_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(UnreadableImageError, match=r"HEIF .* pillow-heif; install it"):
+        decode(FILES["HEIF"])
+
+
 # Hostile files
 
 
@@ -460,6 +511,7 @@ def test_the_exif_photographs_of_the_corpus_all_look_upright(corpus: Path) -> No
         (b"RIFF\x10\0\0\0WEBPVP8 " + bytes(4), "the WEBP image is truncated or corrupt"),
         (b"\0\0\0\x20ftypavif" + bytes(20), "the AVIF image is truncated or corrupt"),
         (b"P6 10 10 255\n", "the PPM image is truncated or corrupt"),
+        (b"\0\0\0\x18ftypheic" + bytes(20), "the HEIF image is truncated or corrupt"),
         (png(8, 8, 99, 2, bytes(1000)), "the PNG image is truncated or corrupt"),
     ],
 )
@@ -478,6 +530,7 @@ FILES = {
     "TIFF": saved(picture(), "TIFF"),
     "AVIF": saved(picture(noise=40), "AVIF"),
     "PPM": saved(picture(), "PPM"),
+    "HEIF": heif(picture(noise=40)),
 }
 
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,11 +50,15 @@ def candidates(
         real=filled_up(real),
         overlap=filled_up(sub_image_overlap(original, grid, PER_SIDE, SIDE)),
         num_tokens=torch.tensor([policy.num_tokens(budget, real)], device=device),
+        max_tokens=policy.num_tokens(budget, real),
+        max_share=PATCHES,
         alpha=budget.alpha,
         feature_layer=FEATURE_LAYER,
         cls_attention={0: filled_up(initial), FEATURE_LAYER: filled_up(final)},
         keys=lambda: pytest.fail("nobody asked for keys"),
         features=lambda: pytest.fail("nobody asked for features"),
+        single_head=lambda _: pytest.fail("nobody asked for one head"),
+        fingerprints=lambda: pytest.fail("nobody asked for fingerprints"),
     )
 
 
@@ -66,21 +72,32 @@ def looking_right(num_partitions: int = 5) -> Tensor:
     return ((col >= PER_SIDE // 2) * (1 + (PER_SIDE - row) * 1e-6)).expand(num_partitions, -1)
 
 
+def select(policy: Policy, seen: Candidates) -> Tensor:
+    keep = policy.select(seen)
+    assert isinstance(keep, Tensor)  # merges nothing
+    return keep
+
+
 def counts(policy: Policy, seen: Candidates) -> list[int]:
-    per_partition: list[int] = policy.select(seen)[0].sum(-1).tolist()
+    per_partition: list[int] = select(policy, seen)[0].sum(-1).tolist()
     return per_partition
 
 
 class TestRegistry:
     def test_it_names_the_policies(self) -> None:
-        assert policies.names() == ("hired", "hired-reference", "keep-all")
+        assert policies.names() == (
+            "cdpruner", "divprune", "grid", "hired", "hired-reference", "hired-scope", "keep-all", "pool",
+            "prumerge", "prumerge+", "random", "scope", "thumbnail", "visionzip",
+        )  # fmt: skip
 
-    @pytest.mark.parametrize("name", policies.names())
+    @pytest.mark.parametrize("name", [name for name in policies.names() if name != "cdpruner"])
     def test_a_policy_carries_the_name_it_is_found_by(self, name: str) -> None:
         assert policies.get(name).name == name
 
     def test_an_unknown_name_is_refused_with_the_known_ones(self) -> None:
-        with pytest.raises(ConfigurationError, match=r"'hierd'.*hired, hired-reference, keep-all"):
+        with pytest.raises(
+            ConfigurationError, match=r"'hierd'.*hired, hired-reference, hired-scope, keep-all"
+        ):
             policies.get("hierd")
 
     def test_a_registered_policy_is_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +124,65 @@ class TestRegistry:
         assert result.stdout.split() == ["True", "True"]
 
 
-@pytest.mark.parametrize("name", policies.names())
+PACKAGE = """
+from hired.policies.keep_all import KeepAll
+
+class Theirs(KeepAll):
+    name = "theirs"
+
+def not_a_policy():
+    return 7
+"""
+
+ENTRY_POINTS = """
+[hired.policies]
+theirs = their_policies:Theirs
+seven = their_policies:not_a_policy
+missing = their_policies:Missing
+unwritten = their_unwritten_module:Theirs
+hired = their_policies:Theirs
+"""
+
+
+class TestEntryPoints:
+    """A package of somebody else's, as pip would install it."""
+
+    @pytest.fixture(autouse=True)
+    def package(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        (tmp_path / "their_policies.py").write_text(PACKAGE)
+        metadata = tmp_path / "their_policies-1.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: their-policies\nVersion: 1.0\n")
+        (metadata / "entry_points.txt").write_text(ENTRY_POINTS)
+        monkeypatch.syspath_prepend(tmp_path)
+        policies._installed.cache_clear()
+        yield
+        policies._installed.cache_clear()
+        sys.modules.pop("their_policies", None)
+
+    def test_its_policy_is_known_and_imported_when_it_is_asked_for(self) -> None:
+        assert "theirs" in policies.names()
+        assert "their_policies" not in sys.modules
+        assert policies.get("theirs").name == "theirs"
+
+    def test_a_name_that_is_taken_stays_whose_it_was(self) -> None:
+        assert isinstance(policies.get("hired"), Hired)
+        assert policies.names().count("hired") == 1
+
+    @pytest.mark.parametrize(
+        ("name", "complaint"),
+        [
+            ("seven", "'seven' of their-policies, makes a int; it must be a subclass"),
+            ("missing", "'missing' of their-policies cannot be had.*AttributeError.*mend or uninstall"),
+            ("unwritten", "'unwritten' of their-policies cannot be had.*ModuleNotFoundError"),
+        ],
+    )
+    def test_what_a_package_fails_to_give_is_told_with_its_name(self, name: str, complaint: str) -> None:
+        with pytest.raises(ConfigurationError, match=complaint):
+            policies.get(name)
+
+
+@pytest.mark.parametrize("name", ["hired", "hired-reference", "keep-all"])
 class TestEveryPolicy:
     def test_keeps_real_patches_within_its_limit_whoever_shares_the_batch(self, name: str) -> None:
         policy = policies.get(name)
@@ -116,17 +191,17 @@ class TestEveryPolicy:
             filled_up = candidates(
                 policy, noise(), noise(), original=original, budget=Budget(rate=0.2), num_absent=2
             )
-            keep = policy.select(alone)
+            keep = select(policy, alone)
             assert not (keep & ~alone.real).any()
             assert 0 < int(keep.sum()) <= int(alone.num_tokens)
-            assert policy.select(filled_up)[:, :5].equal(keep)
-            assert not policy.select(filled_up)[:, 5:].any()
+            assert select(policy, filled_up)[:, :5].equal(keep)
+            assert not select(policy, filled_up)[:, 5:].any()
 
     def test_never_waits_for_the_device(self, name: str) -> None:
         """On the meta device there are no values to wait for, and asking for one is an error."""
         policy = policies.get(name)
         seen = candidates(policy, noise(), noise(), budget=Budget(rate=0.2), device="meta")
-        keep = policy.select(seen)
+        keep = select(policy, seen)
         assert keep.shape == seen.real.shape
         assert keep.dtype == torch.bool
 
@@ -198,7 +273,7 @@ class TestHiredReference:
 
     def test_at_least_the_patch_most_attended_in_the_full_image_remains(self) -> None:
         seen = candidates(HiredReference(), noise(), noise(), budget=Budget(tokens=1))
-        keep = HiredReference().select(seen)
+        keep = select(HiredReference(), seen)
         assert keep.nonzero().tolist() == [[0, 0, int(noise()[0].argmax())]]
 
     def test_bands_may_cut_rows_where_patches_do_not_divide_evenly(self) -> None:
@@ -216,7 +291,7 @@ class TestHiredReference:
 class TestKeepAll:
     def test_it_keeps_every_real_patch_whatever_the_budget(self) -> None:
         seen = candidates(KeepAll(), noise(), noise(), original=PADDED, budget=Budget(tokens=1))
-        assert KeepAll().select(seen).equal(seen.real)
+        assert select(KeepAll(), seen).equal(seen.real)
 
     def test_it_reads_no_attention(self) -> None:
         assert KeepAll().layers(FEATURE_LAYER) == ()

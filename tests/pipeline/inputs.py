@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.columns import Batch
 from pipeline.config import Config, from_tree
-from pipeline.sources import Inventory
 
 IMAGE_STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -40,9 +38,8 @@ def write_parquet(
     return file
 
 
-def batches(inventory: Inventory) -> list[Batch]:
-    """What Ray hands to the reading stage, block by block."""
-    return [
-        {name: np.array(table[name].to_pylist(), dtype=object) for name in table.column_names}
-        for table in inventory.tables()
-    ]
+def write_lines(file: Path, *objects: Any) -> Path:
+    """JSONL; bytes are written as they are."""
+    lines = [each if isinstance(each, bytes) else json.dumps(each).encode() for each in objects]
+    file.write_bytes(b"".join(line + b"\n" for line in lines))
+    return file

@@ -1,117 +1,87 @@
-"""Both tables have their fixed schema whatever rows there were, and each row lies in one of them."""
+"""Formats by name: parquet first in any case, nothing written outside what a format owns."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from ray.data.block import BlockAccessor
 
 from hired.errors import ConfigurationError
-from hired.types import Caption
-from pipeline import columns, sinks
-from pipeline.columns import Failure
-from pipeline.costs import StageCost, metered
-from pipeline.sinks import CAPTIONS, DEAD_LETTERS, CaptionSink, fill_up, prepare_output
-from tests.pipeline.inputs import config
-
-CAPTION = Caption("a sign", (4, 5, 6), "stop", 30, 20, 9)
-FAILURE = Failure("partition", "UnreadableImageError", "the image is empty (0 bytes)", False)
+from pipeline.sinks import FORMATS, check_columns, sinks, taken
+from pipeline.storage import Store
+from tests.pipeline.s3 import S3Server, s3  # noqa: F401
+from tests.pipeline.sinks.shards import Pictures, picture, simple
 
 
-def block(rows: dict[str, Caption | Failure]) -> pa.Table:
-    """What the last stage hands to the sink."""
-    keys = np.array(list(rows), dtype=object)
-    sizes = np.full(len(rows), 7, np.int32)
-    batch = {"key": keys, "path": keys, "height": sizes, "width": sizes + 1}
-    batch |= columns.of_captions(list(rows.values())) | metered("generate", len(rows), 0.0)
-    table: pa.Table = BlockAccessor.for_block(BlockAccessor.batch_to_block(batch)).to_arrow()
-    return table
+def test_parquet_comes_first_in_any_case() -> None:
+    assert [sink.name for sink in sinks([], keep_images=False)] == ["parquet"]
+    assert [sink.name for sink in sinks(["txt", "parquet", "coco"], keep_images=False)] == [
+        "parquet",
+        "coco",
+        "txt",
+    ]
 
 
-def write(output: Path, *blocks: pa.Table, task: int = 0) -> CaptionSink:
-    sink = CaptionSink(config(output=output, model="m", policy="keep-all", prompt="?"), "run-1")
-    cost = sink.write(blocks, SimpleNamespace(task_idx=task))
-    sink.on_write_complete(SimpleNamespace(write_returns=[cost]))
-    return sink
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    prepare_output(tmp_path / "out")
-    return tmp_path / "out"
-
-
-def test_rows_are_split_into_the_two_tables(output: Path) -> None:
-    sink = write(output, block({"a": CAPTION, "b": FAILURE}), block({"c": FAILURE}))
-    fill_up(output)
-    captions, dead_letters = (pq.read_table(output / name) for name in sinks.TABLES)
-    assert captions.to_pylist() == [
-        {
-            "key": "a", "path": "a", "width": 8, "height": 7, "model": "m", "policy": "keep-all",
-            "prompt": "?", "caption": "a sign", "finish_reason": "stop", "prompt_tokens": 30,
-            "visual_tokens_full": 20, "visual_tokens_kept": 9, "completion_tokens": 3, "run_id": "run-1",
-        }
-    ]  # fmt: skip
-    assert dead_letters.to_pylist() == [
-        {
-            "key": key, "path": key, "stage": "partition", "error_type": "UnreadableImageError",
-            "error": "the image is empty (0 bytes)", "retryable": False,
-        }
-        for key in "bc"
-    ]  # fmt: skip
-    assert sink.costs["generate"].rows == 3
-
-
-@pytest.mark.parametrize("rows", [{"a": CAPTION}, {"a": FAILURE}, {}])
-def test_schemas_are_the_same_without_rows_of_one_kind(
-    output: Path, rows: dict[str, Caption | Failure]
+@pytest.mark.parametrize(
+    ("formats", "keep_images", "needed"),
+    [
+        ((), False, False),
+        ((), True, True),
+        (("webdataset",), False, True),
+        (("jsonl", "coco", "txt"), False, False),
+    ],
+)
+def test_images_are_read_again_only_where_a_format_holds_them(
+    formats: tuple[str, ...], keep_images: bool, needed: bool
 ) -> None:
-    if rows:
-        write(output, block(rows))
-    fill_up(output)
-    assert pq.read_table(output / "captions").schema.equals(CAPTIONS)
-    assert pq.read_table(output / "dead_letters").schema.equals(DEAD_LETTERS)
-    assert not any(pa.types.is_null(field.type) for field in [*CAPTIONS, *DEAD_LETTERS])
+    assert any(sink.needs_images for sink in sinks(formats, keep_images=keep_images)) is needed
 
 
-def test_a_write_task_without_rows_writes_nothing(output: Path) -> None:
-    assert write(output, block({"a": CAPTION}).slice(0, 0)).costs == {}
-    assert not list(output.rglob("*.parquet"))
+def test_an_unknown_format_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigurationError, match="--formats cocoa: there are parquet, webdataset"):
+        sinks(["cocoa"], keep_images=False)
 
 
-def test_a_write_task_that_is_tried_again_doubles_no_rows(output: Path) -> None:
-    for _ in range(2):
-        write(output, block({"a": CAPTION}), task=3)
-    write(output, block({"b": CAPTION}), task=4)
-    assert pq.read_table(output / "captions")["key"].to_pylist() == ["a", "b"]
-    assert not [file for file in output.rglob("*") if file.name.startswith(".")]
+def test_all_formats_together_write_what_they_own_and_nothing_else(tmp_path: Path) -> None:
+    store, every = Store(tmp_path / "out"), sinks(FORMATS, keep_images=True)
+    assert taken(store, every) == []
+    for sink in every:
+        sink.write(simple("a"), store, Pictures({"a": picture("red")}))
+    for sink in every:
+        sink.finish(store)
+    owned = {name for sink in every for name in sink.owns}
+    assert {name.split("/")[0] for name in store.list()} <= owned
+    assert taken(store, every) == [
+        "captions",
+        "dead_letters",
+        "webdataset",
+        "jsonl",
+        "captions.coco.json",
+        "txt",
+    ]
 
 
-@pytest.mark.parametrize("left", ["captions/part-000000.parquet", "dead_letters/x", "manifest.json"])
-def test_an_output_that_holds_a_run_is_never_written_to(tmp_path: Path, left: str) -> None:
-    (tmp_path / left).parent.mkdir(exist_ok=True)
-    (tmp_path / left).write_text("precious")
-    with pytest.raises(ConfigurationError, match=r"already holds .* run .*name another folder"):
-        prepare_output(tmp_path)
-    assert (tmp_path / left).read_text() == "precious"
-    assert len(list(tmp_path.iterdir())) == 1
+def test_columns_of_the_input_never_take_the_place_of_ours() -> None:
+    check_columns(["url", "image"], keep_images=False)
+    with pytest.raises(
+        ConfigurationError, match="--keep-columns caption: captions have a column of that name"
+    ):
+        check_columns(["url", "caption"], keep_images=False)
+    with pytest.raises(ConfigurationError, match="image"):
+        check_columns(["image"], keep_images=True)
 
 
-def test_an_output_that_cannot_be_made_is_a_configuration_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigurationError, match="cannot be made"):
-        prepare_output(tmp_path / "file" / "out")
-
-
-def test_costs_add_up_over_write_tasks() -> None:
-    sink = CaptionSink(config(), "run-1")
-    part = {"read": StageCost(rows=2, busy_s=1.5, peak_rss_bytes=10)}
-    sink.on_write_complete(
-        SimpleNamespace(write_returns=[part, {}, {"read": StageCost(rows=1, busy_s=0.5, peak_rss_bytes=30)}])
-    )
-    assert sink.costs == {"read": StageCost(rows=3, busy_s=2.0, peak_rss_bytes=30)}
+def test_the_formats_are_the_same_in_s3(tmp_path: Path, s3: S3Server) -> None:  # noqa: F811
+    local, remote = Store(tmp_path / "out"), Store(f"{s3.make_bucket()}/run/out", s3.options)
+    every = sinks(FORMATS, keep_images=True)
+    for store in (local, remote):
+        for sink in every:
+            sink.write(
+                simple("a", "day/b.jpg"), store, Pictures(dict.fromkeys(("a", "day/b.jpg"), picture("red")))
+            )
+        for sink in every:
+            sink.finish(store)
+    assert remote.list() == local.list()
+    assert len(local.list()) == 8
+    assert all(remote.read(name) == local.read(name) for name in local.list())
+    assert taken(remote, every) == taken(local, every)

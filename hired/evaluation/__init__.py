@@ -1,0 +1,1 @@
+"""How answers are scored, and how scores are compared."""

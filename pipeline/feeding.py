@@ -1,0 +1,107 @@
+"""How rows enter Ray Data: piece by piece, no faster than they are committed, and until someone says stop.
+
+The rows are read from the inventory inside the cluster, by one task at a time, so the driver never holds
+them. ``Brake`` is a small actor beside the driver which that task asks before each piece: so the rows on their
+way are bounded, whatever their images weigh, and a run can end at the boundary of a piece.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline.work import FED, UnitWork, Work, fed
+
+PIECES_PER_TASK = 4096
+POLL_S = 0.05
+
+
+class Brake:
+    """Counts the pieces on their way."""
+
+    def __init__(self, max_pieces: int) -> None:
+        self._max_pieces = max_pieces
+        self._on_their_way: set[int] = set()
+        self._stopped = False
+
+    def may_feed(self, piece: int) -> bool | None:
+        """True for a piece that may go on its way now, False for later, None for not at all."""
+        if self._stopped:
+            return None
+        if piece not in self._on_their_way and len(self._on_their_way) >= self._max_pieces:
+            return False
+        self._on_their_way.add(piece)  # a task that is run again feeds its pieces again
+        return True
+
+    def committed(self, pieces: list[int]) -> None:
+        self._on_their_way.difference_update(pieces)
+
+    def stop(self) -> None:
+        self._stopped = True
+
+
+def start_brake(max_pieces: int) -> Any:
+    """The actor, on this node; it dies with the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Brake)
+    return actor.options(num_cpus=0, scheduling_strategy=here, max_concurrency=4).remote(max_pieces)
+
+
+class Feed(Datasource):  # type: ignore[misc]
+    """The rows of a pass, as a source of Ray Data."""
+
+    def __init__(self, work: Work, brake: Any, block_size: int, samples: frozenset[int]) -> None:
+        self._works = list(_portions(work))
+        self._brake, self._block_size, self._samples = brake, block_size, samples
+
+    def get_name(self) -> str:
+        return "Rows"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+        """One a portion of the pass, to be run one after the other."""
+        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(self._reader(work), metadata, schema=FED) for work in self._works]
+
+    def _reader(self, work: Work) -> Callable[[], Iterator[pa.Table]]:
+        brake, block_size, samples = self._brake, self._block_size, self._samples
+
+        def blocks() -> Iterator[pa.Table]:
+            any_row = False
+            for piece in work.pieces():
+                if not _granted(brake, piece):
+                    break
+                for block in fed(work, piece, block_size, samples):
+                    any_row = True
+                    yield block.cast(FED)
+            if not any_row:
+                yield FED.empty_table()
+
+        return blocks
+
+
+def _granted(brake: Any, piece: int) -> bool:
+    """Whether the piece may go; waits until that is known."""
+    while (answer := ray.get(brake.may_feed.remote(piece))) is False:
+        time.sleep(POLL_S)
+    return answer is True
+
+
+def _portions(work: Work) -> Iterator[Work]:
+    """The pass in portions of some thousand pieces: what a task does again if its node dies."""
+    if not isinstance(work, UnitWork):
+        yield work
+        return
+    for run in work.units:
+        for start in range(run.start, run.stop, PIECES_PER_TASK):
+            yield replace(work, units=[range(start, min(start + PIECES_PER_TASK, run.stop))])
