@@ -53,6 +53,8 @@ bench: $(READY) ## token budgets, engines and stages side by side, on the embedd
 
 docs: $(READY) ## write docs/configuration.md and the README's figures anew
 	$(BIN)/python -m pipeline.config > docs/configuration.md
+	$(BIN)/python -m pipeline.metrics > docs/metrics.md
+	$(BIN)/python -m pipeline.metrics --grafana > docs/grafana.json
 	$(BIN)/python jobs/write_figures.py
 
 clean: ## remove .venv, caches and build products; output/ stays

@@ -6,8 +6,9 @@ HiredError
 ├── ImageError             one image cannot be used; the row becomes a dead letter, the job goes on
 │   ├── UnreadableImageError   the bytes are not a picture that can be decoded
 │   └── ImageTooLargeError     the header announces more pixels than the limit allows
-└── GenerationError        one prompt could not be answered; the row becomes a dead letter
-    └── CapacityError      the prompt does not fit the model's context or the memory at hand
+├── GenerationError        one prompt could not be answered; the row becomes a dead letter
+│   └── CapacityError      the prompt does not fit the model's context or the memory at hand
+└── EngineDeadError        the engine failed as a whole; its process must end and start again
 """
 
 from __future__ import annotations
@@ -48,3 +49,9 @@ class GenerationError(HiredError):
 
 class CapacityError(GenerationError):
     """The prompt does not fit the model's context or the memory at hand."""
+
+
+class EngineDeadError(HiredError):
+    """The engine failed as a whole and answers nothing any more; another one may be asked the same."""
+
+    retryable = True

@@ -71,6 +71,11 @@ class Generator:
         self._newlines = newlines
         self._positions = positions
 
+    @property
+    def engine(self) -> Engine:
+        """What continues the prompts."""
+        return self._engine
+
     def generate(
         self,
         tokens: Sequence[VisualTokens],

@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from hired.errors import ConfigurationError
 from hired.types import Box, Grid, Size
+
+if TYPE_CHECKING:
+    import torch  # and in the functions that need it: a process that only decodes is ready sooner without
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,8 @@ def _padding(length: int, content: float) -> int:
 
 def real_patches(original: Size, grid: Grid, patches_per_side: int) -> torch.Tensor:
     """Which patches are real tokens: bool ``[k + 1, patches_per_side**2]``; of the full-image all are."""
+    import torch
+
     p = patches_per_side
     box = unpadded(original, grid, p)
     canvas = torch.zeros(grid.rows * p, grid.cols * p, dtype=torch.bool)
@@ -125,6 +129,8 @@ def sub_image_overlap(original: Size, grid: Grid, patches_per_side: int, side: i
     A full-image patch is a rectangle of the picture; fit and pad carry it to the canvas, where the grid's
     lines cut it. Rows and columns are cut independently, so the shares are outer products.
     """
+    import torch
+
     box = fit(original, Size(grid.rows * side, grid.cols * side))
     by_rows = _interval_overlap(box.top, box.bottom, patches_per_side, grid.rows, side)
     by_cols = _interval_overlap(box.left, box.right, patches_per_side, grid.cols, side)
@@ -139,6 +145,8 @@ def _interval_overlap(
 
     Float64 ``[num_sub_images, num_patches]``; a cell is ``side`` pixels long.
     """
+    import torch
+
     edges = torch.linspace(start, stop, num_patches + 1, dtype=torch.float64)
     lines = side * torch.arange(num_sub_images + 1, dtype=torch.float64)[:, None]
     shared = torch.minimum(edges[1:], lines[1:]) - torch.maximum(edges[:-1], lines[:-1])

@@ -17,12 +17,15 @@ from pipeline.columns import Batch
 SECONDS, PEAK_RSS = "_s", "_peak_rss_bytes"
 
 
-def metered(stage: str, num_rows: int, started_s: float) -> Batch:
-    """What the call cost: seconds shared out over its rows, and the process's peak resident memory so far."""
+def metered(stage: str, num_rows: int, started_s: float, child_peak_rss_bytes: int = 0) -> Batch:
+    """What the call cost: seconds shared out over its rows, and the process's peak resident memory so far.
+
+    Or that of a child which does its work, where that is more.
+    """
     seconds = (time.perf_counter() - started_s) / num_rows
     return {
         stage + SECONDS: np.full(num_rows, seconds, np.float64),
-        stage + PEAK_RSS: np.full(num_rows, peak_rss_bytes(), np.int64),
+        stage + PEAK_RSS: np.full(num_rows, max(peak_rss_bytes(), child_peak_rss_bytes), np.int64),
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -18,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline import metrics
 from pipeline.ledger import Ledger, ShardRecord
 from pipeline.progress import Progress, UnitTotals
 from pipeline.publishing import AccountingError, Publisher
@@ -90,13 +92,17 @@ class Driver:
         gatherer, count = Gatherer(work), 0
         for table in answers:
             for piece, rows in gatherer.add(table):
+                started_s = time.perf_counter()
                 work.commit(self._ledger, piece, rows)
                 committed(piece)
                 count += 1
-                self._progress.committed(totals(rows, len(work.questionnaire)))
+                unit = totals(rows, len(work.questionnaire))
+                self._progress.committed(unit)
+                metrics.committed(unit, time.perf_counter() - started_s)
                 shard = work.shard_of(piece)
                 if self._ledger.is_publishable(shard):
                     self._start(shard)
+            metrics.in_flight(gatherer.num_missing)
             self._commit_published()
         self._wait()
         return count

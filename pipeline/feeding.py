@@ -1,8 +1,8 @@
-"""How rows enter Ray Data: piece by piece, no faster than they are committed, and until someone says stop.
+"""How rows enter Ray Data: piece by piece, no faster than they are committed, until someone says stop.
 
 The rows are read from the inventory inside the cluster, by one task at a time, so the driver never holds
-them. ``Brake`` is a small actor beside the driver which that task asks before each piece: so the rows on their
-way are bounded, whatever their images weigh, and a run can end at the boundary of a piece.
+them. ``Brake`` is a small actor beside the driver which that task asks before each piece: so the rows on
+their way are bounded, whatever their images weigh, and a run can end at the boundary of a piece.
 """
 
 from __future__ import annotations

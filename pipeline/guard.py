@@ -31,6 +31,7 @@ import torch
 from numpy.typing import NDArray
 
 from hired.errors import ConfigurationError
+from pipeline import metrics
 from pipeline.columns import Batch, Failure, failures
 from pipeline.config import Config
 from pipeline.isolation import WorkerDiedError
@@ -146,6 +147,7 @@ class Ledger:
             self._suspects[row].was_alone |= len(rows) == 1
         stage = rows[0][0]
         self._deaths[stage] += 1
+        metrics.worker_died(stage)
         self._deaths_in_a_row[stage] += 1
         log.warning("a %s worker died while it worked on %s", stage, _shown([key for _, key in rows]))
         for row in rows:
@@ -215,6 +217,7 @@ class Guarded:
     def _run(self, batch: Batch, rows: NDArray[np.int64], verdict: Verdict) -> Batch:
         batch = _given_up(_rows(batch, rows), verdict.condemned, self.name)
         keys = [str(key) for key in batch["key"]]
+        started_s = time.perf_counter()
         try:
             with self._watchdog.watching(keys):
                 result: Batch = self._stage(batch)
@@ -224,6 +227,7 @@ class Guarded:
             if is_fatal(error):
                 end_process(f"{self.name}: the accelerator or its engine failed on {_shown(keys)}")
             raise
+        metrics.called(self.name, len(keys), time.perf_counter() - started_s)
         return result
 
 

@@ -44,7 +44,7 @@ MAX_STARTS = 3
 MAX_DEATHS = 2
 
 # An orphan ends by itself this much after its parent would have ended it.
-ALARM_AFTER_S = 5.0
+ALARM_AFTER_S = 3.0
 
 # Of those that the kernel may kill for want of memory, the first choice: cheaper to replace than a model.
 OOM_SCORE = "900"

@@ -4,9 +4,9 @@ Listing a hundred million objects takes hours, and a job that reads a manifest n
 done in parallel and can be continued: each answer of the store, and where to go on after it, is one
 transaction of an SQLite file beside the manifest. Killed at any moment, the same call lists the rest.
 
-    folders are entered one by one until all workers have enough of them,
-    each is then listed with all that is below it, and
-    one that is still not done when workers are idle is split at the next character of its keys.
+    folders are entered one by one until all workers have enough to do;
+    then whole folders, many small ones together, are listed with all that is below them, and
+    what is still not done when workers are idle is split at the next character of its keys.
 
 Objects that change while they are listed may be seen or not, as in any listing.
 """
@@ -24,7 +24,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import pyarrow as pa
@@ -34,7 +34,7 @@ from hired.errors import ConfigurationError
 from pipeline import s3
 from pipeline.columns import printable
 from pipeline.s3 import StorageOptions
-from pipeline.sources.files import IMAGE_SUFFIXES
+from pipeline.sources.files import IMAGE_SUFFIXES, is_file
 from pipeline.storage import Store, local_path
 
 log = logging.getLogger(__name__)
@@ -156,6 +156,10 @@ class Root(Protocol):
     def uri(self) -> str:
         """The root's own."""
 
+    @property
+    def has_trees(self) -> bool:
+        """Whether a step may list what is below its folder, in the order of keys."""
+
     def step(self, task: Task) -> Step:
         """The next files of a task."""
 
@@ -166,6 +170,7 @@ class Bucket:
 
     uri: str
     storage: StorageOptions
+    has_trees: ClassVar[bool] = True
 
     def step(self, task: Task) -> Step:
         bucket, top = s3.split(self.uri)
@@ -193,6 +198,7 @@ class Folder:
     """A local folder, without a slash at its end; links to folders are not followed."""
 
     uri: str
+    has_trees: ClassVar[bool] = False
 
     def step(self, task: Task) -> Step:
         """All of one folder: a file system has no pages."""
@@ -205,7 +211,7 @@ class Folder:
             ) from error
         folders = [task.folder + _text(each.name) + "/" for each, is_folder in found if is_folder]
         files = [
-            self._file(each, task.folder) for each, is_folder in found if not is_folder and _is_file(each)
+            self._file(each, task.folder) for each, is_folder in found if not is_folder and is_file(each)
         ]
         return Step(files, folders, None)
 
@@ -228,10 +234,6 @@ def _text(name: str) -> str:
 def _raw(folder: str) -> bytes:
     """The bytes of a folder's name."""
     return b"/".join(unquote_to_bytes(part) if "%" in part else part.encode() for part in folder.split("/"))
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
 
 
 def _microseconds(moment: datetime) -> int:
@@ -289,8 +291,8 @@ def _list(root: Root, state: _State, workers: int) -> None:
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 steps = [(running.pop(each), _result(each, root)) for each in done]
                 for task, step in steps:
-                    num_open = len(waiting) + len(running)
-                    waiting.extend(state.commit(task, step, _next(task, step, num_open, workers)))
+                    num_idle = workers - len(waiting) - len(running)
+                    waiting.extend(state.commit(task, step, _next(root, task, step, num_idle, workers)))
                 if time.monotonic() - logged_s > LOG_EVERY_S:
                     log.info("%d files so far, %d folders or parts to go", state.num_rows, len(waiting))
                     logged_s = time.monotonic()
@@ -305,20 +307,33 @@ def _result(step: Future[Step], root: Root) -> Step:
         raise ConfigurationError(f"--input {root.uri}: {error}") from error
 
 
-def _next(task: Task, step: Step, num_open: int, workers: int) -> list[Task]:
+def _next(root: Root, task: Task, step: Step, num_idle: int, workers: int) -> list[Task]:
     """What is left to do after a step."""
-    enough = num_open >= TASKS_PER_WORKER * workers
-    tasks = [
-        Task(folder, is_tree=enough, depth=len(folder)) for folder in step.folders if not _is_hidden(folder)
-    ]
+    folders = [folder for folder in step.folders if not _is_hidden(folder)]
+    most = TASKS_PER_WORKER * workers
+    enough = len(folders) - num_idle >= most
+    if enough and folders and root.has_trees:
+        tasks = _trees(task.folder, folders, most)
+    else:
+        tasks = [Task(folder, depth=len(folder)) for folder in folders]
     if step.after is None:
         return tasks
     task = replace(task, after=step.after, num_pages=task.num_pages + 1)
     if not task.is_tree and (enough or task.num_pages >= PAGES_BEFORE_TREE):
         task = replace(task, is_tree=True, depth=len(task.folder), num_pages=0)
-    if task.is_tree and task.num_pages >= PAGES_BEFORE_SPLIT and num_open < workers:
+    if task.is_tree and task.num_pages >= PAGES_BEFORE_SPLIT and num_idle > 0:
         return [*task.split(), *tasks]
     return [task, *tasks]
+
+
+def _trees(above: str, folders: Sequence[str], most: int) -> list[Task]:
+    """Neighbouring folders together, in few tasks; files that lie between them are seen once more."""
+    size = -(-len(folders) // most)
+    groups = [folders[first : first + size] for first in range(0, len(folders), size)]
+    return [
+        Task(above, group[0], group[0], group[-1] + LAST_CHARACTER, is_tree=True, depth=len(above))
+        for group in groups
+    ]
 
 
 def _is_hidden(key: str) -> bool:
@@ -348,7 +363,8 @@ class _State:
     """What was listed and what is to do, in a file; one process has it at a time."""
 
     TABLES = """
-        CREATE TABLE IF NOT EXISTS listing (root TEXT, suffixes TEXT, num_ignored INTEGER);
+        CREATE TABLE IF NOT EXISTS listing (root TEXT, suffixes TEXT);
+        CREATE TABLE IF NOT EXISTS ignored (key TEXT PRIMARY KEY) WITHOUT ROWID;
         CREATE TABLE IF NOT EXISTS tasks (
             folder TEXT, start TEXT, after TEXT, until TEXT, is_tree INTEGER, depth INTEGER,
             num_pages INTEGER, is_done INTEGER DEFAULT 0, PRIMARY KEY (folder, start)
@@ -383,7 +399,7 @@ class _State:
         wanted = (root, " ".join(sorted(self._suffixes)))
         found = self._database.execute("SELECT root, suffixes FROM listing").fetchone()
         if found is None:
-            self._database.execute("INSERT INTO listing VALUES (?, ?, 0)", wanted)
+            self._database.execute("INSERT INTO listing VALUES (?, ?)", wanted)
             self._put(Task(""))
         elif found != wanted:
             raise ConfigurationError(
@@ -405,21 +421,24 @@ class _State:
 
     def commit(self, task: Task, step: Step, left: Sequence[Task]) -> Sequence[Task]:
         """Note what a step found and what is left after it, as one; gives back the latter."""
-        visible = [each for each in step.files if not _is_hidden(each.key)]
-        files = [each for each in visible if os.path.splitext(each.key)[1].lower() in self._suffixes]
-        rows = [(each.key, each.uri, each.size, each.etag, each.modified_us) for each in files]
+        rows, ignored = [], []
+        for each in step.files:
+            if _is_hidden(each.key):
+                continue
+            if os.path.splitext(each.key)[1].lower() in self._suffixes:
+                rows.append((each.key, each.uri, each.size, each.etag, each.modified_us))
+            else:
+                ignored.append((each.key,))
         self._database.execute("BEGIN")
         before = self._database.total_changes
         self._database.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?)", rows)
         self.num_rows += self._database.total_changes - before
-        self._database.execute(
-            "UPDATE listing SET num_ignored = num_ignored + ?", [len(visible) - len(files)]
-        )
+        self._database.executemany("INSERT OR IGNORE INTO ignored VALUES (?)", ignored)
         self._database.execute(
             "UPDATE tasks SET is_done = 1 WHERE folder = ? AND start = ?", [task.folder, task.start]
         )
-        for each in left:
-            self._put(each)
+        for task in left:
+            self._put(task)
         self._database.execute("COMMIT")
         return left
 
@@ -437,7 +456,7 @@ class _State:
 
     def summary(self, manifest: str) -> Summary:
         num_bytes = self._one("SELECT COALESCE(SUM(size), 0) FROM files")
-        return Summary(manifest, self.num_rows, num_bytes, self._one("SELECT num_ignored FROM listing"))
+        return Summary(manifest, self.num_rows, num_bytes, self._one("SELECT COUNT(*) FROM ignored"))
 
     def _one(self, query: str) -> int:
         return int(self._database.execute(query).fetchone()[0])

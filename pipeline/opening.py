@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from hired.errors import ConfigurationError
+from pipeline.columns import Failure
 from pipeline.config import Config, differences
 from pipeline.inventory import Inventory, find_inventory, take_inventory
 from pipeline.layout import Layout
 from pipeline.manifest import Identity, Model, fingerprint, versions
 from pipeline.questions import Questionnaire, to_json
+from pipeline.reading import read
+from pipeline.rows import to_items
 from pipeline.sources import ScanOptions, scan
 from pipeline.storage import Store
 
 IDENTITY, SUCCESS = "_work/run.json", "_SUCCESS"
 PRIVATE = "_work/"
+# Rows that are read before a run starts.
+NUM_TRIED = 8
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +66,22 @@ def open_run(config: Config, store: Store, checkpoint: Path, run_id: str, comman
         )
         store.write(IDENTITY, identity.model_dump_json(indent=2).encode())
     return Run(store, identity, inventory, questionnaire)
+
+
+def check_startable(config: Config, store: Store) -> None:
+    """Raise ConfigurationError for a new run whose output holds something else, or whose input holds nothing.
+
+    Where none of the first rows can be read, a warning says why: the others may be better.
+    """
+    if _identity(store) is not None:
+        return
+    _check_empty(store)
+    options = replace(scan_options(config, config.questionnaire()), key="path", dedup="none")
+    first = list(to_items(next(scan(config.input, options)).slice(0, NUM_TRIED)))
+    images = list(read(first, config.reading))
+    failed = [image for image in images if isinstance(image, Failure)]
+    if images and len(failed) == len(images):
+        log.warning("none of the first %d rows can be read: %s", len(failed), failed[0].error)
 
 
 def scan_options(config: Config, questionnaire: Questionnaire) -> ScanOptions:

@@ -119,8 +119,8 @@ class Publisher:
         lost, extra = np.setdiff1d(expected, found), len(found) - len(np.unique(found))
         if len(lost) or extra or len(found) != len(expected):
             raise AccountingError(
-                f"shard {number} has {len(found)} answers for {len(expected)} questions: {len(lost)} are missing, "
-                f"{extra} came twice; remove its files below _work/units and run again"
+                f"shard {number} has {len(found)} answers for {len(expected)} questions: "
+                f"{len(lost)} are missing, {extra} came twice; remove its files below _work/units and run again"
             )
 
     def _keep_samples(self, answers: pa.Table) -> None:

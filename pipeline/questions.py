@@ -116,7 +116,7 @@ def filled(prompt: str, row: Mapping[str, Any]) -> str:
 
 
 def read_prompts(file: Path, default: Question) -> list[Question]:
-    """The questions of a YAML file: entries of ``id``, ``prompt`` and any of ``PARAMETERS``; or ``id: prompt``."""
+    """The questions of a YAML file: entries of ``id``, ``prompt`` and ``PARAMETERS``, or ``id: prompt``."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

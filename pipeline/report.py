@@ -182,19 +182,23 @@ class Report:
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
-        """Plan against actual; none without a plan."""
+        """Plan against actual; none without a plan.
+
+        Sessions that were killed left no times: what all did is scaled down to the rows of those that did.
+        """
         plan, counts, tokens = self.manifest.plan, self.manifest.counts, self.manifest.tokens
         if plan is None:
             return []
         rows = sum(session.rows for session in self.manifest.sessions)
-        answers = max(1, round(counts.rows / rows)) if rows else 1  # a row's; its tokens are told in each
+        images = self.manifest.stages["read"].rows if "read" in self.manifest.stages else counts.rows
+        an_answer, an_image = rows / max(1, counts.rows), rows / max(1, images)
         actual = Actual(
             rows=rows,
             wall_s=self.manifest.wall_s,
-            failures=round(counts.dead_letters / answers),
-            visual_full=round(tokens.visual_full / answers),
-            visual_kept=round(tokens.visual_kept / answers),
-            completion_tokens=tokens.completion,
+            failures=round(counts.dead_letters * an_answer),
+            visual_full=round(tokens.visual_full * an_answer),
+            visual_kept=round(tokens.visual_kept * an_answer),
+            completion_tokens=round(tokens.completion * an_image),
             stages=self.manifest.stages,
             num_gpus=max(
                 (session.cluster.get("GPU", 0.0) for session in self.manifest.sessions), default=0.0

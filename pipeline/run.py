@@ -28,7 +28,7 @@ from pipeline.guard import Attempts
 from pipeline.ledger import Ledger, ShardRecord
 from pipeline.manifest import MANIFEST, Manifest, Session
 from pipeline.measurement import measure
-from pipeline.opening import SUCCESS, Run, open_run
+from pipeline.opening import SUCCESS, Run, check_startable, open_run
 from pipeline.plan import Plan, make_plan, parse_cluster
 from pipeline.progress import Progress
 from pipeline.publishing import Publisher
@@ -69,12 +69,12 @@ def caption_corpus(config: Config, command: str = "", stages: Stages | None = No
     run_id = f"{started_at:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
     checked = check(config)
     owner = f"run {run_id} (process {os.getpid()} on {socket.gethostname()})"
-    with checked.store.lock(owner), stopped_by_signals() as stop:
+    with checked.store.lock(owner):
         run = open_run(checked.config, checked.store, checked.checkpoint, run_id, command)
         if checked.store.exists(SUCCESS) and not config.retry_failed:
             log.info("run %s is complete", run.identity.run_id)
             return Manifest.model_validate_json(checked.store.read(MANIFEST))
-        return _Session(checked.config, run, run_id, started_at, stages or Stages()).run(stop)
+        return _Session(checked.config, run, run_id, started_at, stages or Stages()).run()
 
 
 class _Session:
@@ -91,7 +91,7 @@ class _Session:
         self._config = config
         self._cluster = Cluster(0)
 
-    def run(self, stop: Stop) -> Manifest:
+    def run(self) -> Manifest:
         """Does what is left, and publishes it; raises Interrupted."""
         done = self._ledger.num_committed
         with Progress(self._layout.num_rows, done) as progress:
@@ -99,18 +99,22 @@ class _Session:
             driver = Driver(self._ledger, self._publisher, publish, progress)
             try:
                 driver.publish_what_is_complete()
-                self._work(driver, stop)
+                self._work(driver)
             finally:
                 driver.close()
                 self._write_session(progress.series, self._ledger.num_committed - done)
         check_complete(self._ledger)
         return self._finish()
 
-    def _work(self, driver: Driver, stop: Stop) -> None:
-        units = self._ledger.pending_units()
-        if units or self._config.retry_failed:
-            self._cluster = connect(self._config)
-            self._config = self._settled()
+    def _work(self, driver: Driver) -> None:
+        if not self._ledger.pending_units() and not self._config.retry_failed:
+            return
+        self._cluster = connect(self._config)
+        self._config = self._settled()
+        with stopped_by_signals() as stop:  # from here on: Ray's own handlers came with the connection
+            self._passes(driver, stop)
+
+    def _passes(self, driver: Driver, stop: Stop) -> None:
         for _ in range(MAX_PASSES):
             if not (units := self._ledger.pending_units()):
                 break
@@ -229,11 +233,16 @@ def dry_run(config: Config, command: str = "") -> dict[str, int]:
 
 
 def check(config: Config) -> Checked:
-    """The configuration with absolute paths; raises ConfigurationError for whatever needs no cluster."""
+    """The configuration with absolute paths; raises ConfigurationError for whatever needs no cluster.
+
+    Nothing is written, and of a new run's input only the first rows are looked at.
+    """
     config = located(config)
     checkpoint = check_model(config)
     check_columns(config.keep_columns, keep_images=config.keep_images)
-    return Checked(config, checkpoint, Store(config.output, config.storage))
+    store = Store(config.output, config.storage)
+    check_startable(config, store)
+    return Checked(config, checkpoint, store)
 
 
 def located(config: Config) -> Config:
@@ -279,7 +288,7 @@ def measured(config: Config, run: Run) -> Measurement:
     Models leave memory behind, of the host and of a GPU, which the workers need.
     """
     num_gpus = 1 if config.device == "cuda" else 0
-    task = ray.remote(_measured).options(num_cpus=0, num_gpus=num_gpus, max_calls=1, max_retries=0)
+    task = ray.remote(num_cpus=0, num_gpus=num_gpus, max_calls=1, max_retries=0)(_measured)
     measurement: Measurement = ray.get(task.remote(config, run))
     return measurement
 

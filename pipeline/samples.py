@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 
 import numpy as np
+import pyarrow as pa
 
 from hired import families
 from hired.errors import ImageError
@@ -26,6 +27,7 @@ from pipeline.work import UnitWork, fed
 
 NUM_SHOWN = 12
 NUM_MEASURED = 256
+ROWS_PER_READ = 16
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +42,13 @@ def sampled_batches(config: Config, run: Run) -> Iterator[Batch]:
     stage = ReadStage(config)
     layout = run.inventory.layout
     work = UnitWork(run.inventory, run.questionnaire, [range(layout.num_units)])
+    rows = []
     for number in sorted(samples(layout.num_rows, NUM_MEASURED)):
         unit = number // layout.rows_per_unit
-        for block in fed(work, unit, layout.rows_per_unit, frozenset()):
-            place = number - layout.unit_rows(unit).start
-            yield from stage(block.slice(place, 1))
+        [block] = fed(work, unit, layout.rows_per_unit, frozenset())
+        rows.append(block.slice(number - layout.unit_rows(unit).start, 1))
+    for start in range(0, len(rows), ROWS_PER_READ):
+        yield from stage(pa.concat_tables(rows[start : start + ROWS_PER_READ]))
 
 
 def gallery(config: Config, run: Run) -> list[GallerySample]:

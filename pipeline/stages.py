@@ -36,6 +36,7 @@ from hired.geometry import Tiling
 from hired.partitioning import partition
 from hired.types import Caption, Partitions, VisualTokens
 from hired.vlm import resolve
+from pipeline import metrics
 from pipeline.columns import (
     Batch,
     Failure,
@@ -49,6 +50,7 @@ from pipeline.columns import (
 )
 from pipeline.config import Config, Pool
 from pipeline.costs import PEAK_RSS, SECONDS, metered
+from pipeline.guard import is_fatal
 from pipeline.isolation import IsolatedPartitioner
 from pipeline.questions import Question, from_json
 from pipeline.reading import read
@@ -56,6 +58,8 @@ from pipeline.rows import to_items
 
 log = logging.getLogger(__name__)
 
+# What a picture may take while it is decoded, by its pixels: 16 bytes for the worst kind, and then some.
+BYTES_PER_PIXEL = 28
 # What a row has from its beginning to its end.
 LABELS = ("index", "key", "path", "questions", "is_sample")
 BYTES_PER_PART = 64 * 2**20
@@ -80,6 +84,7 @@ class ReadStage:
             started_s = time.perf_counter()
             rows = list(_part(images))
             start, end = end, end + len(rows)
+            metrics.called(self.name, len(rows), time.perf_counter() - started_s)
             part = {name: _numpy(block[name][start:end]) for name in LABELS}
             yield part | of_images(rows) | metered(self.name, len(rows), started_s)
 
@@ -104,23 +109,33 @@ class PartitionStage:
     """Image bytes -> partitions, on a CPU. The bytes travel no further."""
 
     name = "partition"
+    work = staticmethod(partition)
 
     def __init__(self, config: Config) -> None:
         prepare_worker(config.partition)
         tiling = families.tiling(resolve(config.model))
         max_pixels, reduced = config.max_pixels, config.reduced_decoding
-        self._partition: Callable[[Sequence[bytes]], list[Partitions | Exception]] = (
+        self._child = (
             IsolatedPartitioner(
-                tiling, max_pixels=max_pixels, reduced=reduced, timeout_s=config.image_timeout_s
+                tiling,
+                max_pixels=max_pixels,
+                reduced=reduced,
+                timeout_s=config.image_timeout_s,
+                max_memory_bytes=max(2**29, BYTES_PER_PIXEL * max_pixels),
+                work=self.work,
             )
             if config.isolated_decoding
-            else partial(_partitioned, tiling=tiling, max_pixels=max_pixels, reduced=reduced)
+            else None
+        )
+        self._partition: Callable[[Sequence[bytes]], list[Partitions | Exception]] = self._child or partial(
+            _partitioned, tiling=tiling, max_pixels=max_pixels, reduced=reduced
         )
 
     def __call__(self, batch: Batch) -> Batch:
         started_s = time.perf_counter()
         rows = attempt(self.name, to_images(batch), self._partition)
-        return labels(batch) | of_partitions(rows) | metered(self.name, len(rows), started_s)
+        peak = self._child.peak_rss_bytes if self._child else 0
+        return labels(batch) | of_partitions(rows) | metered(self.name, len(rows), started_s, peak)
 
 
 def _partitioned(
@@ -196,6 +211,7 @@ class GenerateStage:
             ],
             self._generate,
         )
+        self._gauge()
         # Calls that overlap share their seconds: each is charged from the end of the one before.
         started_s, self._ended_s = max(started_s, self._ended_s), time.perf_counter()
         kept = [_kept(tokens[row]) if batch["is_sample"][row] else "" for row in source]
@@ -219,6 +235,16 @@ class GenerateStage:
             stop=[row.question.stop for row in rows],
             sampling=[row.sampling for row in rows],
         )
+
+    def _gauge(self) -> None:
+        counts = getattr(self._generator.engine, "counts", None)
+        if counts is not None:
+            metrics.engine(
+                running=counts.num_running,
+                waiting=counts.num_waiting,
+                places_free=counts.num_places_free,
+                places=counts.num_places,
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,9 +306,11 @@ def _results(
         results = work(values)
         if len(results) != len(values):
             raise RuntimeError(f"{stage} returned {len(results)} results for {len(values)} rows")
-    except (ConfigurationError, torch.AcceleratorError):
+    except ConfigurationError:
         raise
     except Exception as error:
+        if is_fatal(error):
+            raise
         if len(values) > 1:
             return [result for value in values for result in _results(stage, [value], work)]
         log.warning("%s failed on a row", stage, exc_info=True)

@@ -179,6 +179,11 @@ class Gatherer:
         return complete
 
     @property
+    def num_missing(self) -> int:
+        """Answers that are still to come to pieces that have some."""
+        return sum(map(len, self._missing.values()))
+
+    @property
     def num_open(self) -> int:
         """Pieces that have some of their answers."""
         return len(self._missing)

@@ -10,16 +10,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from queue import SimpleQueue
+from typing import Any
 
 from hired.engine import Event, Outcome, Request, answers_in_order
 from hired.engine.stepped import SteppedEngine
+from hired.errors import EngineDeadError
 
 
 class SharedEngine:
     """Gives ``engine`` to any number of threads. Its own thread lives while there are streams.
 
-    An error of the engine, other than those that are a request's outcome, is raised in every stream that was
-    open, and in every later one: nothing on the device can be trusted any more.
+    An error of the engine, other than those that are a request's outcome, ends every stream that was open,
+    and every later one, in EngineDeadError: nothing on the device can be trusted any more.
     """
 
     def __init__(self, engine: SteppedEngine) -> None:
@@ -29,6 +31,11 @@ class SharedEngine:
         self._streams: list[_Stream] = []
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+
+    @property
+    def counts(self) -> Any:
+        """What the engine holds, where it can say so."""
+        return getattr(self.engine, "counts", None)
 
     def generate(self, requests: Iterable[Request]) -> list[Outcome]:
         """One answer a request, in order."""
@@ -55,10 +62,12 @@ class SharedEngine:
                 self._feed()
                 self._tell(self.engine.step())
         except Exception as error:
+            dead = EngineDeadError(f"the engine failed ({type(error).__name__}); start it again")
+            dead.__cause__ = error
             with self._lock:
-                self._error = error
+                self._error = dead
                 for stream in (*self._streams, *self._arrived):
-                    stream.end(error)
+                    stream.end(dead)
 
     def _has_streams(self) -> bool:
         """Takes the streams that arrived; with none left the thread ends, and holds no model any longer."""

@@ -169,6 +169,8 @@ class _Scan:
                 is_first = False
                 continue
             automatic = tars.MEMBERS if is_first and file.suffix == ".tar" else ()
+            if not names and not automatic and file.suffix in KINDS:
+                break
             table = self._first(file, (*names, *(name for name in automatic if name not in names)))
             if table is None:
                 continue

@@ -88,7 +88,7 @@ def _walk(folder: str) -> Iterator[str]:
             f"the folder {printable(folder)} cannot be listed ({error.strerror}); see to its permissions"
         ) from error
     names = [(entry.name + "/", True) for entry in visible if entry.is_dir(follow_symlinks=False)]
-    names += [(entry.name, False) for entry in visible if _is_file(entry.path)]
+    names += [(entry.name, False) for entry in visible if is_file(entry)]
     del visible
     for name, is_folder in sorted(names):
         path = os.path.join(folder, name.removesuffix("/"))
@@ -98,8 +98,12 @@ def _walk(folder: str) -> Iterator[str]:
             yield path
 
 
-def _is_file(path: str) -> bool:
+def is_file(entry: os.DirEntry[str]) -> bool:
     """Whether this is a row to account for, as dangling links are; pipes and sockets block their readers."""
+    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+
+
+def _is_file(path: str) -> bool:
     return os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
 
 

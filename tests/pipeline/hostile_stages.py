@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import threading
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.columns import Batch, of_images
+from pipeline.columns import Batch, failures, of_images
 from pipeline.config import Config, from_tree
 from pipeline.guard import Guarded
 
@@ -55,6 +56,16 @@ class LosesTheAccelerator(Stage):
 class LosesTheEngine(Stage):
     def __call__(self, batch: Batch) -> Batch:
         raise RuntimeError("in a request") from EngineDeadError()
+
+
+class Dies(Stage):
+    """Ends its process on rows that say so."""
+
+    def __call__(self, batch: Batch) -> Batch:
+        alive = zip(batch["key"], failures(batch), strict=True)
+        if any(key.startswith("deadly") and failure is None for key, failure in alive):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch
 
 
 def guarded(

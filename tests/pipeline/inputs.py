@@ -18,7 +18,7 @@ IMAGE_STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def config(**options: Any) -> Config:
-    return from_tree({"input": "in", "output": Path("out"), **options})
+    return from_tree({"input": "in", "output": "out", **options})
 
 
 def write_tar(file: Path, members: Mapping[str, bytes]) -> Path:

@@ -29,7 +29,7 @@ def yaml_file(tmp_path: Path) -> Path:
 
 def test_defaults_need_only_input_and_output() -> None:
     parsed = from_command_line(REQUIRED)
-    assert (parsed.input, parsed.output, parsed.model) == ("photos", Path("out"), "embedded")
+    assert (parsed.input, parsed.output, parsed.model) == ("photos", "out", "embedded")
     assert parsed.budget == Budget(rate=0.2, alpha=0.5)
 
 
@@ -80,7 +80,7 @@ def test_such_a_budget_is_refused_from_yaml_too(value: object) -> None:
 
 @given(st.floats(0, 1, exclude_min=True) | st.integers(2, 100_000))
 def test_a_budget_survives_the_manifest_and_a_yaml_file(budget: float) -> None:
-    original = Config(input="x", output=Path("y"), token_budget=budget)
+    original = Config(input="x", output="y", token_budget=budget)
     tree = original.model_dump(mode="json")
     for again in (json.loads(json.dumps(tree)), yaml.safe_load(yaml.safe_dump(tree))):
         restored = from_tree(again)
@@ -176,3 +176,41 @@ def test_arguments_of_vllm_are_passed_through() -> None:
     options = config.from_command_line(flags).engine.options(num_gpus=0.5)
     assert options.vllm == {"tensor_parallel_size": 2, "quantization": "fp8"}
     assert options.memory_fraction == pytest.approx(0.45)
+
+
+def test_every_option_stands_in_one_group_of_the_help() -> None:
+    grouped = [name for names in config.GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(Config.model_fields)
+
+
+def test_options_of_no_consequence_may_change_when_a_run_goes_on() -> None:
+    assert set(Config.model_fields) >= config.OPERATIONAL
+    before = Config(input="x", output="y").model_dump(mode="json")
+    same = Config(input="x", output="z", batch_timeout_s=5, encode=config.EncodePool(batch_size=3))
+    assert config.differences(before, same.model_dump(mode="json")) == []
+    other = Config(input="x", output="y", prompt="Why?", token_budget=0.4).model_dump(mode="json")
+    assert config.differences(before, other) == [
+        "--prompt was 'Describe the image.' and is 'Why?'",
+        "--token-budget was 0.2 and is 0.4",
+    ]
+
+
+def test_a_prompt_may_lie_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("What is it?\n")
+    [question] = Config(input="x", output="y", prompt=f"@{file}").questionnaire().questions
+    assert question.prompt == "What is it?"
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        Config(input="x", output="y", prompt="@absent.txt").questionnaire()
+
+
+@pytest.mark.parametrize("given", ["url,license", "[url, license]"])
+def test_names_may_be_given_with_commas_or_in_brackets(given: str) -> None:
+    assert from_command_line(["--input=x", "--output=y", f"--keep-columns={given}"]).keep_columns == (
+        "url",
+        "license",
+    )
+
+
+def test_json_is_short_for_a_summary_in_json() -> None:
+    assert from_command_line(["--input=x", "--output=y", "--json"]).summary == "json"

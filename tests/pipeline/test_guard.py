@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -246,7 +244,7 @@ def test_a_call_that_ends_after_its_worker_was_given_up_harms_nobody() -> None:
 
 
 class Worker(Echo):
-    """A process with two calls at once: batches die when both are under way, and after a death nobody lives."""
+    """A process with two calls at once: batches die when both are under way, and then nobody lives."""
 
     name = "generate"
 
@@ -450,21 +448,6 @@ def test_other_errors_are_raised_as_they_come() -> None:
 # In a cluster
 
 
-class Deadly:
-    """Ends its process on rows that say so."""
-
-    name = "encode"
-
-    def __init__(self, _: Any) -> None:
-        pass
-
-    def __call__(self, rows: Batch) -> Batch:
-        alive = [key for key, failure in _outcomes(rows) if failure is None]
-        if any(key.startswith("deadly") for key in alive):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return rows
-
-
 @pytest.fixture
 def cluster() -> Iterator[None]:
     import ray
@@ -478,16 +461,17 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_deadly_rows_of_a_dataset_are_given_up_and_all_others_come_through() -> None:
     import ray
 
-    keys = [f"deadly {row}" if row in (3, 4, 17) else f"row {row}" for row in range(24)]
+    keys = [f"deadly {row}" if row in (3, 4) else f"row {row}" for row in range(16)]
     attempts = Attempts.start()
-    rows = ray.data.from_items([{"key": key} | _alive() for key in keys], override_num_blocks=3)
+    rows = ray.data.from_items([{"key": key} | _alive() for key in keys], override_num_blocks=2)
     done = rows.map_batches(
         Guarded,
-        fn_constructor_args=(Deadly, OPTIONS, attempts, 60.0),
+        fn_constructor_args=(hostile_stages.Dies, OPTIONS, attempts, 60.0),
         batch_size=8,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=1, max_concurrent_calls_per_actor=2),
@@ -497,7 +481,7 @@ def test_deadly_rows_of_a_dataset_are_given_up_and_all_others_come_through() -> 
     assert sorted(row["key"] for row in done) == sorted(keys)
     failed = {row["key"]: row["error_type"] for row in done if row["error_type"]}
     assert failed == {key: "WorkerDiedError" for key in keys if key.startswith("deadly")}
-    assert 4 <= attempts.deaths()["encode"] <= 6
+    assert 3 <= attempts.deaths()["generate"] <= 4  # both at once, then each alone
 
 
 def _alive() -> dict[str, Any]:

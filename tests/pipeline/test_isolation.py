@@ -156,6 +156,14 @@ def test_a_child_without_a_parent_ends_by_itself() -> None:
     one.close()  # twice is no harm
 
 
+def test_a_child_that_hangs_without_a_parent_ends_by_itself_too() -> None:
+    one = IsolatedPartitioner(TILING, max_pixels=10_000, reduced=False, timeout_s=0.2, work=obey)
+    child = one._ready()
+    child._connection.send_bytes(b"hang without python:")
+    child._connection.close()  # as the end of the parent does
+    assert child._process.wait(30) == -signal.SIGALRM
+
+
 def test_when_no_child_can_be_started_the_job_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isolation, "_SERVE", "raise SystemExit(3)")
     with (

@@ -240,3 +240,14 @@ def test_runs_stand_side_by_side() -> None:
     assert len(lines) == 6
     assert lines[2] == "| run-1 | hired | 0.2 | read | 100 | 9.00 | 11.1 | 256 |"
     assert lines[5].startswith("| run-2 | hired | 0.2 | generate |")
+
+
+def test_plan_and_actual_agree_on_a_row_whatever_sessions_were_killed_and_questions_asked() -> None:
+    counts = Counts(rows=200, captions=194, dead_letters=6, dead_letters_by_error={"read: OSError": 6})
+    twice = Tokens(visual_full=2 * 97_000, visual_kept=2 * 19_400, completion=970)
+    run = manifest(plan=plan(), counts=counts, tokens=twice, sessions=[session(60, 1000.0)], wall_s=1000.0)
+    text = Page(page(run, [])).text
+    assert "rows 100 60" in text
+    assert "failures a thousand rows 20 33.3" in text
+    assert "visual tokens an image, before 1,000 970" in text
+    assert "output tokens an image 10 9.7" in text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from pipeline.resources import Cluster, settle
 
 
 def config(**options: Any) -> Config:
-    return from_tree({"input": "in", "output": Path("out"), **options})
+    return from_tree({"input": "in", "output": "out", **options})
 
 
 def needed_cpus(settled: Config, cluster: Cluster) -> float:

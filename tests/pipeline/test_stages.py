@@ -15,7 +15,9 @@ from hired.errors import ConfigurationError, GenerationError, ModelError
 from hired.types import VisualTokens
 from pipeline import columns
 from pipeline.columns import Batch, Failure
+from pipeline.config import Config
 from pipeline.costs import peak_rss_bytes
+from pipeline.questions import to_json
 from pipeline.stages import EncodeStage, GenerateStage, PartitionStage, attempt
 from tests.pictures import picture, png_bomb, saved
 from tests.pipeline.inputs import config
@@ -40,8 +42,20 @@ def images() -> Batch:
         png_bomb(60_000, 60_000),
         saved(picture(40, 300), "WEBP"),
     ]
+    return labelled(rows)
+
+
+def labelled(rows: list[bytes | Failure], options: Config | None = None) -> Batch:
+    """The rows as they leave the reading stage, with the questions of these options."""
     names = np.array([f"{number}.jpg" for number in range(len(rows))], dtype=object)
-    return {"key": names, "path": names} | columns.of_images(rows)
+    questions = to_json((options or config(prompt=PROMPT, max_new_tokens=12)).questionnaire().of({}))
+    return {
+        "index": np.arange(len(rows)),
+        "key": names,
+        "path": names,
+        "questions": np.array([questions] * len(rows), dtype=object),
+        "is_sample": np.arange(len(rows)) == 0,
+    } | columns.of_images(rows)
 
 
 def failed(batch: Batch) -> list[str]:
@@ -118,6 +132,30 @@ def test_each_stage_says_what_it_took(checkpoint: Path, images: Batch) -> None:
         assert (batch[f"{stage}_s"] > 0).all()
         assert (batch[f"{stage}_peak_rss_bytes"] > 50 * 2**20).all()
     assert batch["generate_peak_rss_bytes"].max() <= peak_rss_bytes()
+
+
+def test_every_question_about_an_image_gets_an_answer_of_its_own(checkpoint: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text("- {id: short, prompt: 'What?', max_new_tokens: 2}\n- {id: long, prompt: Tell all.}\n")
+    options = config(model=str(checkpoint), prompts=prompts, max_new_tokens=5, dtype="float32")
+    batch = labelled([saved(picture(90, 60), "PNG"), b"no image", saved(picture(60, 90), "PNG")], options)
+    tokens = EncodeStage(options)(PartitionStage(options)(batch))
+    answers = GenerateStage(options)(tokens)
+    assert answers["index"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert answers["question"].tolist() == [0, 1] * 3
+    assert answers["prompt"].tolist() == ["What?", "Tell all."] * 3
+    assert [bool(kept) for kept in answers["kept"]] == [True, True, False, False, False, False]
+    assert failed(answers) == ["", "", *["partition: UnreadableImageError"] * 2, "", ""]
+    assert answers["completion_tokens"][0] <= 2
+    assert np.isnan(answers["encode_s"]).tolist() == [False, True] * 3, "each image is encoded once"
+    assert not np.isnan(answers["generate_s"]).any()
+    vlm = hired.load(checkpoint, dtype="float32")
+    alone = vlm.generate(
+        [vlm.encode([vlm.partition(batch["image"][2])], budget=options.budget)[0]],
+        "Tell all.",
+        max_new_tokens=5,
+    )
+    assert answers["caption"][5] == alone[0].text
 
 
 def test_a_worker_takes_the_threads_it_is_given(checkpoint: Path) -> None:

@@ -78,7 +78,7 @@ def naive_scope(picture: Picture, number: int, patches: list[int], count: int, p
 
     def score(j: int) -> float:
         gain = sum(max(0.0, naive_cosine(features[i], features[j]) - covered[i]) for i in patches)
-        return gain * float(attention[j]) ** power
+        return gain * math.pow(attention[j], power)
 
     while len(chosen) < count:
         best = max((j for j in patches if j not in chosen), key=score)
