@@ -120,7 +120,8 @@ class Publisher:
         if len(lost) or extra or len(found) != len(expected):
             raise AccountingError(
                 f"shard {number} has {len(found)} answers for {len(expected)} questions: "
-                f"{len(lost)} are missing, {extra} came twice; remove its files below _work/units and run again"
+                f"{len(lost)} are missing, {extra} came twice; "
+                "remove its files below _work/units and run again"
             )
 
     def _keep_samples(self, answers: pa.Table) -> None:
