@@ -117,7 +117,9 @@ class _Scan:
                 yield self._counted(to_table(loose), carried, file)
                 loose = []
             if file.suffix not in IMAGE_SUFFIXES:
-                for table in self._rows(file, tuple(carried.names)):
+                # What tars bring along by themselves was asked of no other file.
+                columns = tuple(carried.names) if file.suffix == ".tar" else self.options.columns
+                for table in self._rows(file, columns):
                     yield self._counted(table, carried, file)
         if loose:
             yield self._counted(to_table(loose), carried, file)

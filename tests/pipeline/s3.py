@@ -173,6 +173,11 @@ class S3Server:
         for key, data in objects.items():
             backend.put_object(bucket.removeprefix("s3://"), key, data)
 
+    def objects(self, bucket: str, prefix: str) -> dict[str, bytes]:
+        """What lies below a prefix, told without the way through HTTP."""
+        keys = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[bucket.removeprefix("s3://")].keys
+        return {key: bytes(found.value) for key, found in sorted(keys.items()) if key.startswith(prefix)}
+
     def modified(self, uri: str) -> datetime:
         """When an object was written last, told without the way through HTTP."""
         bucket, _, key = uri.removeprefix("s3://").partition("/")
