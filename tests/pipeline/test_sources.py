@@ -56,7 +56,7 @@ def test_a_glob_keys_below_its_fixed_part(tmp_path: Path) -> None:
 
 def test_what_a_tar_brings_along_is_not_asked_of_other_files(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", {"t.jpg": b"", "t.txt": b"a cat"})
-    write_lines(tmp_path / "1.jsonl", {"key": "j", "image": "x.jpg"})
+    write_lines(tmp_path / "1.jsonl", {"key": "j", "url": "x.jpg"})
     touch(tmp_path, "x.jpg")
     found = scanned(tmp_path)
     assert dict(zip(found["key"].to_pylist(), found["txt"].to_pylist(), strict=True)) == {
