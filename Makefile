@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup caption bench test check docs clean
+.PHONY: help setup caption bench chaos scale test check docs clean
 
 # The first that runs and fits: a name on the PATH may be a version manager's shim for one that is not there.
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
@@ -50,6 +50,12 @@ check: $(READY) ## formatting, lint, types, and the layers of imports
 bench: $(READY) ## token budgets, engines and stages side by side, on the embedded model; into docs/results
 	$(BIN)/python jobs/benchmark.py --model embedded --input examples/scenes \
 	  --sections engine encoder stages --output docs/results
+
+chaos: $(READY) ## kill captioning runs in 20 ways and compare keys; into docs/results
+	$(BIN)/python jobs/chaos.py --rounds 20 --output docs/results
+
+scale: $(READY) ## a million rows with models that cost nothing; into docs/results
+	$(BIN)/python jobs/scale.py --rows 1000000 --output docs/results
 
 docs: $(READY) ## write docs/configuration.md and the README's figures anew
 	$(BIN)/python -m pipeline.config > docs/configuration.md

@@ -156,6 +156,7 @@ def run(rows: int, folder: Path) -> dict[str, Any]:
             "input": str(folder / "in"),
             "output": str(folder / "out"),
             "rows_per_unit": 500,
+            "actors": "fixed",
             "partition": {"batch_size": 250},
             "encode": {"batch_size": 250},
             "generate": {"batch_size": 250},

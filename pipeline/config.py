@@ -278,7 +278,8 @@ class Config(Tree):
     generate: GeneratePool = Field(GeneratePool(), description="write the captions")
     engine: Engine = Field(Engine(), description="continues the prompts")
     actors: Literal["auto", "fixed"] = Field(
-        "fixed", description="auto measures the stages on a sample first, and sizes their pools by that"
+        "auto",
+        description="auto sizes the pools by half a minute's measurement, where 5,000 rows or more are to do",
     )
     autoscaling: bool = Field(
         False, description="the cluster grows on demand: do not insist that all workers fit at the start"

@@ -40,6 +40,8 @@ from pipeline.storage import Store
 from pipeline.work import RetryWork, UnitWork, Work
 
 SESSIONS, PLAN = "_work/sessions", "_work/plan.json"
+# Smaller corpora are done before a measurement of the stages pays; it takes this long a stage.
+ROWS_TO_MEASURE_FOR, SECONDS_TO_MEASURE = 5_000, 10.0
 # How often rows that never came back are fed again before the run gives up.
 MAX_PASSES = 3
 
@@ -128,9 +130,13 @@ class _Session:
     def _settled(self) -> Config:
         before_s = time.perf_counter() - self._started_s
         config = settle(self._config, self._cluster)
-        if self._config.actors == "auto" and not self._store.exists(PLAN):
-            measurement = measured(config, self._run)
-            config = settle_pools(self._config, measurement, self._cluster)
+        left = self._layout.num_rows - self._ledger.num_committed
+        if self._config.actors == "fixed" or left < ROWS_TO_MEASURE_FOR:
+            return config
+        brief = {"plan_seconds": min(SECONDS_TO_MEASURE, self._config.plan_seconds)}
+        measurement = measured(config.model_copy(update=brief), self._run)
+        config = settle_pools(self._config, measurement, self._cluster)
+        if not self._store.exists(PLAN):
             plan = planned(config, measurement, self._layout.num_rows, self._cluster, start_up_s=before_s)
             self._store.write(PLAN, plan.model_dump_json(indent=2).encode())
         return config
