@@ -118,7 +118,7 @@ def workers(config: Config, cluster: Cluster) -> dict[str, Workers]:
     """The pools of a settled configuration at their largest; readers get the CPUs that these leave."""
     pools = {
         name: Workers(pool.max_actors or 1, pool.num_cpus or 0.0, pool.num_gpus or 0.0, pool.threads or 1)
-        for name, pool in _pools(config).items()
+        for name, pool in config.pools.items()
     }
     left = cluster.num_cpus - sum(pool.actors * pool.num_cpus for pool in pools.values())
     return {"read": Workers(max(1, _floor(left / cluster.task_cpus)), cluster.task_cpus), **pools}
@@ -171,7 +171,7 @@ def settle_pools(config: Config, measurement: Measurement, cluster: Cluster) -> 
     Workers that load a model all start at once; the partition pool starts balanced and may grow.
     Raises ConfigurationError as ``resources.settle`` does.
     """
-    given = _pools(config)
+    given = config.pools
     pools = balanced(measurement, cluster, given)
     chosen: dict[str, Pool] = {}
     for name, pool in given.items():
@@ -190,10 +190,6 @@ def settle_pools(config: Config, measurement: Measurement, cluster: Cluster) -> 
             update["min_actors"] = min(own.actors, pool.max_actors or own.actors)
         chosen[name] = pool.model_copy(update=update)
     return settle(config.model_copy(update=chosen), cluster)
-
-
-def _pools(config: Config) -> dict[str, Pool]:
-    return {"partition": config.partition, "encode": config.encode, "generate": config.generate}
 
 
 def _shares(name: str, pools: Pools) -> bool:

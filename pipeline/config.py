@@ -305,6 +305,11 @@ class Config(Tree):
     )
 
     @property
+    def pools(self) -> dict[str, Pool]:
+        """The workers of each stage, by its name."""
+        return {"partition": self.partition, "encode": self.encode, "generate": self.generate}
+
+    @property
     def storage(self) -> StorageOptions:
         """How S3 is reached."""
         return StorageOptions(self.s3_endpoint, self.s3_region, self.s3_anonymous, self.io_attempts)

@@ -3,6 +3,10 @@
 The rows are read from the inventory inside the cluster, by one task at a time, so the driver never holds
 them. ``Brake`` is a small actor beside the driver which that task asks before each piece: so the rows on
 their way are bounded, whatever their images weigh, and a run can end at the boundary of a piece.
+
+Ray Data hands on what a reading task yields when ``DataContext.target_max_block_size`` of it has come
+together, not before. A reader that waits for its rows to be committed would wait for ever, so each block is
+filled up to that size, which is made small.
 """
 
 from __future__ import annotations
@@ -20,6 +24,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.work import FED, UnitWork, Work, fed
 
+# What Ray Data cuts blocks to: large enough for a few images, small enough to fill a block of text up to it.
+BLOCK_BYTES = 2 * 2**20
+# Blocks from here to half as much again are handed on as they are.
+FILLED_BYTES = BLOCK_BYTES * 5 // 4
+PADDED = FED.append(pa.field("padding", pa.binary()))
 PIECES_PER_TASK = 4096
 POLL_S = 0.05
 
@@ -68,10 +77,15 @@ class Feed(Datasource):  # type: ignore[misc]
     def estimate_inmemory_data_size(self) -> int | None:
         return None
 
+    @property
+    def num_tasks(self) -> int:
+        """One a portion of the pass."""
+        return len(self._works)
+
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
-        """One a portion of the pass, to be run one after the other."""
+        """To be run one after the other."""
         metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(self._reader(work), metadata, schema=FED) for work in self._works]
+        return [ReadTask(self._reader(work), metadata, schema=PADDED) for work in self._works]
 
     def _reader(self, work: Work) -> Callable[[], Iterator[pa.Table]]:
         brake, block_size, samples = self._brake, self._block_size, self._samples
@@ -83,11 +97,18 @@ class Feed(Datasource):  # type: ignore[misc]
                     break
                 for block in fed(work, piece, block_size, samples):
                     any_row = True
-                    yield block.cast(FED)
+                    yield padded(block.cast(FED))
             if not any_row:
-                yield FED.empty_table()
+                yield PADDED.empty_table()
 
         return blocks
+
+
+def padded(block: pa.Table) -> pa.Table:
+    """The block with as many bytes in its first row as make it one that is handed on at once."""
+    filling = b"\0" * max(0, FILLED_BYTES - block.nbytes)
+    padding = pa.array([filling, *[b""] * (block.num_rows - 1)], pa.binary())
+    return block.append_column(PADDED.field("padding"), padding)
 
 
 def _granted(brake: Any, piece: int) -> bool:

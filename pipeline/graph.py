@@ -16,7 +16,7 @@ import ray.data
 from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.config import Config, Pool
-from pipeline.feeding import Feed
+from pipeline.feeding import BLOCK_BYTES, Feed
 from pipeline.guard import Guarded
 from pipeline.resources import Cluster
 from pipeline.stages import EncodeStage, GenerateStage, PartitionStage, ReadStage
@@ -39,7 +39,9 @@ def answers(
     feed: Feed, config: Config, cluster: Cluster, attempts: Any, stages: Stages
 ) -> Iterator[pa.Table]:
     """Run what is fed through the stages; answers come in any order, as they are done."""
-    rows = ray.data.read_datasource(feed, concurrency=1, num_cpus=0)
+    ray.data.DataContext.get_current().target_max_block_size = BLOCK_BYTES
+    # Without a number of blocks Ray Data cuts what each task reads into 200.
+    rows = ray.data.read_datasource(feed, concurrency=1, num_cpus=0, override_num_blocks=feed.num_tasks)
     images = rows.map_batches(
         stages.read(config).__call__, batch_size=None, batch_format="pyarrow", num_cpus=cluster.task_cpus
     )

@@ -338,7 +338,7 @@ class Attempts:
 
     @classmethod
     def start(cls) -> Attempts:
-        """A new one, for as long as somebody holds it."""
+        """A new one; without an end it lives as long as the driver."""
         import ray  # here, as the guard itself does without
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -350,6 +350,12 @@ class Attempts:
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
         )
         return cls(actor.remote())
+
+    def close(self) -> None:
+        """Lets the actor go, on a cluster that stays."""
+        import ray
+
+        ray.kill(self._actor)
 
     def begin(
         self, worker: str, call: int, stage: str, keys: Sequence[str], *, alone: bool = False

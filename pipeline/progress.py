@@ -52,7 +52,7 @@ class Progress:
     """The display of a run of ``total`` rows, ``done`` of which earlier sessions committed.
 
     A context manager; ``committed`` may be called from any thread. Rows of earlier sessions are on the bar
-    and in no rate. ``workers`` and ``bottleneck`` are shown if known; ``status`` can be set at any time.
+    and in no rate. ``status`` can be set at any time.
     Writes to ``stream`` (stderr) if it is a terminal, else to the log, and never to stdout.
     """
 
@@ -61,8 +61,6 @@ class Progress:
         total: int,
         done: int = 0,
         *,
-        workers: Mapping[str, int] | None = None,
-        bottleneck: str | None = None,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
         line_every_s: float = LINE_EVERY_S,
@@ -70,8 +68,7 @@ class Progress:
         self.total, self.done, self.status = total, done, ""
         self._stream = stream or sys.stderr
         self._clock, self._line_every_s = clock, line_every_s
-        self._pools = ", ".join(f"{name} {count}" for name, count in (workers or {}).items())
-        self._bottleneck = bottleneck
+        self._pools, self._bottleneck = "", ""
         self._lock = threading.Lock()
         self._failures: Counter[str] = Counter()
         self._captions = self._visual_full = self._visual_kept = 0
@@ -95,6 +92,15 @@ class Progress:
         if self._display is not None:
             self._display.stop()
             self._display = None
+
+    def settled(self, workers: Mapping[str, int], bottleneck: str = "") -> None:
+        """Shows how many workers there are at most, and the slowest stage if it is known."""
+        self._pools = ", ".join(f"{name} {count}" for name, count in workers.items())
+        self._bottleneck = bottleneck
+
+    def again(self, rows: int) -> None:
+        """So many rows that were done are done once more."""
+        self.total += rows
 
     def committed(self, unit: UnitTotals) -> None:
         """Counts a unit that is safely in the output."""

@@ -6,14 +6,21 @@ So the sum is taken before the start.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from hired.errors import ConfigurationError
 from pipeline.config import Config, Pool
 
 # Of one GPU: the tower is small and fast, the language model is neither.
 ENCODE_GPU_SHARE, GENERATE_GPU_SHARE = 0.3, 0.7
+# What a worker of any stage holds besides a model: measured on jobs with a model of no size.
+WORKER_BYTES = 500 * 2**20
+BYTES_A_WEIGHT = {"int8": 1.0, "int4": 0.5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +29,7 @@ class Cluster:
 
     num_cpus: float
     num_gpus: float = 0
+    memory_bytes: float = math.inf
 
     @property
     def cpu_share(self) -> float:
@@ -102,7 +110,7 @@ def _gpus(pool: Pool) -> float:
 
 
 def _check(config: Config, cluster: Cluster) -> None:
-    pools = {"partition": config.partition, "encode": config.encode, "generate": config.generate}
+    pools = config.pools
     cpus = sum(map(_cpus, pools.values())) + 2 * cluster.task_cpus
     gpus = sum(map(_gpus, pools.values()))
     for kind, needed, there in (("CPUs", cpus, cluster.num_cpus), ("GPUs", gpus, cluster.num_gpus)):
@@ -116,3 +124,31 @@ def _check(config: Config, cluster: Cluster) -> None:
                 f"writing take {2 * cluster.task_cpus:g} CPUs): lower --encode.max-actors, "
                 f"--encode.num-{kind.lower()} and the like, or say --autoscaling if nodes will join"
             )
+
+
+def check_memory(config: Config, cluster: Cluster, checkpoint: Path) -> None:
+    """Raises ConfigurationError when the settled workers cannot all be in the nodes' memory.
+
+    Key-value caches come on top, and take what is left. On GPUs weights only pass through the hosts' memory,
+    and each worker says at its start whether its GPU has room for them.
+    """
+    workers = sum(pool.max_actors or 1 for pool in config.pools.values()) * WORKER_BYTES
+    precision = 4.0 if config.dtype in ("auto", "float32") else 2.0
+    a_weight = BYTES_A_WEIGHT.get(config.engine.quantisation, precision)
+    models = (config.generate.max_actors or 1) * num_weights(checkpoint) * a_weight
+    needed = workers + (models if config.device == "cpu" else 0.0)
+    if not config.autoscaling and needed > cluster.memory_bytes:
+        raise ConfigurationError(
+            f"the workers need {needed / 2**30:.1f} GiB of memory ({models / 2**30:.1f} GiB of them for "
+            f"weights) and the cluster has {cluster.memory_bytes / 2**30:.1f}: lower "
+            "--generate.max-actors, say --engine.quantisation int8 or --dtype bfloat16, or add nodes"
+        )
+
+
+def num_weights(checkpoint: Path) -> int:
+    """The parameters in a checkpoint's files, by their headers."""
+    total = 0
+    for file in checkpoint.glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total

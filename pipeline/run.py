@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import time
@@ -33,7 +34,7 @@ from pipeline.plan import Plan, make_plan, parse_cluster
 from pipeline.progress import Progress
 from pipeline.publishing import Publisher
 from pipeline.report import write_report
-from pipeline.resources import Cluster, settle
+from pipeline.resources import Cluster, check_memory, settle
 from pipeline.samples import gallery, sampled_batches, samples
 from pipeline.sinks import check_columns, sinks
 from pipeline.storage import Store
@@ -101,22 +102,23 @@ class _Session:
             driver = Driver(self._ledger, self._publisher, publish, progress)
             try:
                 driver.publish_what_is_complete()
-                self._work(driver)
+                self._work(driver, progress)
             finally:
                 driver.close()
                 self._write_session(progress.series, self._ledger.num_committed - done)
         check_complete(self._ledger)
         return self._finish()
 
-    def _work(self, driver: Driver) -> None:
+    def _work(self, driver: Driver, progress: Progress) -> None:
         if not self._ledger.pending_units() and not self._config.retry_failed:
             return
         self._cluster = connect(self._config)
         self._config = self._settled()
+        progress.settled({name: pool.max_actors or 0 for name, pool in self._config.pools.items()})
         with stopped_by_signals() as stop:  # from here on: Ray's own handlers came with the connection
-            self._passes(driver, stop)
+            self._passes(driver, stop, progress)
 
-    def _passes(self, driver: Driver, stop: Stop) -> None:
+    def _passes(self, driver: Driver, stop: Stop, progress: Progress) -> None:
         for _ in range(MAX_PASSES):
             if not (units := self._ledger.pending_units()):
                 break
@@ -125,11 +127,13 @@ class _Session:
             again = self._ledger.retryable_shards(self._ledger.generation + 1)
             if again:
                 self._store.delete(SUCCESS)
+                progress.again(self._ledger.tally().counts.retryable)
                 self._pass(driver, RetryWork(self._run.inventory, self._run.questionnaire, again), stop)
 
     def _settled(self) -> Config:
         before_s = time.perf_counter() - self._started_s
         config = settle(self._config, self._cluster)
+        check_memory(config, self._cluster, resolve(config.model))
         left = self._layout.num_rows - self._ledger.num_committed
         if self._config.actors == "fixed" or left < ROWS_TO_MEASURE_FOR:
             return config
@@ -143,10 +147,13 @@ class _Session:
 
     def _pass(self, driver: Driver, work: Work, stop: Stop) -> None:
         brake = start_brake(pieces_on_their_way(self._config, self._layout.rows_per_unit))
+        attempts = Attempts.start()
         stop.on_stop(lambda: brake.stop.remote())
         feed = Feed(work, brake, block_size(self._config, self._layout), samples(self._layout.num_rows))
-        stream = answers(feed, self._config, self._cluster, Attempts.start(), self._stages)
+        stream = answers(feed, self._config, self._cluster, attempts, self._stages)
         driver.run(work, _tables(stream), lambda piece: brake.committed.remote([piece]))
+        ray.kill(brake)
+        attempts.close()
         if stop.requested:
             raise Interrupted
 
@@ -232,7 +239,8 @@ def dry_run(config: Config, command: str = "") -> dict[str, int]:
             checked.config, checked.store, checked.checkpoint, f"dry-{uuid.uuid4().hex[:8]}", command
         )
         publisher(checked.config, run)
-        settle(checked.config, connect(checked.config))
+        cluster = connect(checked.config)
+        check_memory(settle(checked.config, cluster), cluster, checked.checkpoint)
         layout = run.inventory.layout
         done = Ledger(checked.store, layout).num_committed
     return {"rows": layout.num_rows, "done": done, "output_files": layout.num_shards}
@@ -351,7 +359,7 @@ def connect(config: Config) -> Cluster:
     context.execution_no_progress_timeout_s = config.start_timeout_s + config.batch_timeout_s
     resources = ray.cluster_resources()
     num_cpus = max(resources.get("CPU", 0), 4 if config.autoscaling else 0)
-    return Cluster(num_cpus=num_cpus, num_gpus=resources.get("GPU", 0))
+    return Cluster(num_cpus, resources.get("GPU", 0), resources.get("memory", math.inf))
 
 
 def _initialise(address: str) -> None:

@@ -107,10 +107,8 @@ def test_rows_of_every_format_end_in_exactly_one_table(
         "p-none": ("read", "UnreadableImageError"),
         "t-bomb": ("partition", "ImageTooLargeError"),
     }
-    carried = pa.field("txt", pa.string())
-    assert pq.read_table(output / "captions").schema.equals(CAPTIONS.append(carried))
-    assert pq.read_table(output / "dead_letters").schema.equals(DEAD_LETTERS.append(carried))
-    assert {key: row["txt"] for key, row in captions.items() if row["txt"]} == {"t-good": "!"}
+    assert pq.read_table(output / "captions").schema.equals(CAPTIONS)
+    assert pq.read_table(output / "dead_letters").schema.equals(DEAD_LETTERS)
 
     record = manifest(output)
     for row in captions.values():

@@ -50,6 +50,8 @@ ENVIRONMENT = {
     "AWS_EC2_METADATA_DISABLED": "true",
 }
 StartResponse = Callable[..., Any]
+# Of this process, as moto's buckets are: two servers must not share one.
+_numbers = count()
 
 
 @dataclass
@@ -128,7 +130,7 @@ class S3Server:
     """A server of this process, with its buckets in memory."""
 
     def __init__(self, application: _FaultyApplication, server: BaseWSGIServer) -> None:
-        self._application, self._server, self._numbers = application, server, count()
+        self._application, self._server = application, server
         self.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
         self.environment = {**ENVIRONMENT, "AWS_ENDPOINT_URL": self.endpoint}
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -163,7 +165,7 @@ class S3Server:
 
     def make_bucket(self) -> str:
         """The URI of a new, empty bucket."""
-        name = f"test-{next(self._numbers)}"
+        name = f"test-{next(_numbers)}"
         self.client.create_bucket(Bucket=name)
         return f"s3://{name}"
 

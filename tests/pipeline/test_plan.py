@@ -493,6 +493,6 @@ def test_the_real_stages_are_measured_and_a_plan_comes_of_it(checkpoint: Path) -
         assert of_stage.bytes > 0
     assert measured.stages["partition"].bytes > measured.stages["encode"].bytes
     plan = make_plan(measured, 10_000, Cluster(2), start_up_s=5)
-    assert plan.bottleneck == CPUS
+    assert plan.bottleneck in plan.limits
     assert plan.load_s > measured.import_s
     assert "partition" in describe(plan)

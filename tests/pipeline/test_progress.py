@@ -75,7 +75,8 @@ def test_the_recent_rate_falls_while_nothing_is_committed() -> None:
 
 def test_a_line_says_all_of_it() -> None:
     clock = Clock()
-    progress = Progress(1_000, 200, clock=clock, workers={"encode": 1, "generate": 2}, bottleneck="generate")
+    progress = Progress(1_000, 200, clock=clock)
+    progress.settled({"encode": 1, "generate": 2}, bottleneck="generate")
     clock.now_s += 10
     progress.committed(unit(100, **{"read: OSError": 3, "partition: ImageTooLargeError": 1}))
     progress.status = "ending"

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hired.embedded import CHECKPOINT
 from hired.errors import ConfigurationError
 from pipeline.config import Config, from_tree
-from pipeline.resources import Cluster, settle
+from pipeline.resources import Cluster, check_memory, num_weights, settle
 
 
 def config(**options: Any) -> Config:
@@ -64,3 +65,13 @@ def test_pools_that_do_not_fit_are_refused_with_their_shares(options: dict[str, 
     with pytest.raises(ConfigurationError, match=said):
         settle(config(**options), Cluster(num_cpus=2))
     settle(config(**options, autoscaling=True), Cluster(num_cpus=2))
+
+
+def test_workers_that_cannot_be_in_memory_are_refused_before_they_start() -> None:
+    assert 5_000_000 < num_weights(CHECKPOINT) < 8_000_000
+    roomy, tight = (Cluster(num_cpus=4, memory_bytes=gib * 2**30) for gib in (8, 1))
+    settled = settle(config(), roomy)
+    check_memory(settled, roomy, CHECKPOINT)
+    with pytest.raises(ConfigurationError, match=r"need 1\.\d GiB .* has 1\.0: lower --generate.max-actors"):
+        check_memory(settled, tight, CHECKPOINT)
+    check_memory(settle(config(autoscaling=True), tight), tight, CHECKPOINT)
