@@ -131,7 +131,6 @@ class _Session:
                 self._pass(driver, RetryWork(self._run.inventory, self._run.questionnaire, again), stop)
 
     def _settled(self) -> Config:
-        before_s = time.perf_counter() - self._started_s
         config = settle(self._config, self._cluster)
         check_memory(config, self._cluster, resolve(config.model))
         left = self._layout.num_rows - self._ledger.num_committed
@@ -141,7 +140,8 @@ class _Session:
         measurement = measured(config.model_copy(update=brief), self._run)
         config = settle_pools(self._config, measurement, self._cluster)
         if not self._store.exists(PLAN):
-            plan = planned(config, measurement, self._layout.num_rows, self._cluster, start_up_s=before_s)
+            so_far_s = time.perf_counter() - self._started_s
+            plan = planned(config, measurement, self._layout.num_rows, self._cluster, start_up_s=so_far_s)
             self._store.write(PLAN, plan.model_dump_json(indent=2).encode())
         return config
 

@@ -60,6 +60,8 @@ def measure(subject: Subject) -> dict[str, Any]:
         "bare_images_per_s": bare,
         "ray_images_per_s_with_start_up": spread([num_images / job["wall_s"] for job in jobs]),
         "ray_against_bare": ratio(start_up["ray_images_per_s"], bare),
+        "planned_s": digits(jobs[-1]["planned_s"]) if "planned_s" in jobs[-1] else NOT_MEASURED,
+        "taken_s": digits(jobs[-1]["wall_s"]),
         "stages": {name: job for name, job in jobs[-1].items() if name.endswith("_busy_s")},
         "options": list(subject.options.ray_options),
     }
@@ -108,7 +110,7 @@ def _bare_seconds(subject: Subject, config: Config) -> float:
 
 
 def _job(config: Config, bare_s_per_row: float) -> dict[str, float]:
-    """Seconds of one run: all, start-up and end, and those that each stage's workers were busy.
+    """Seconds of one run: all, as planned, start-up and end, and those that each stage's workers were busy.
 
     Start-up is the time to the first committed rows less what the bare loop takes for as many, and the time
     after the last; a corpus of which all rows are committed at once does not tell it.
@@ -119,6 +121,8 @@ def _job(config: Config, bare_s_per_row: float) -> dict[str, float]:
     if manifest.counts.dead_letters:
         raise RuntimeError(f"the job lost rows: {manifest.counts.dead_letters_by_error}")
     busy = {f"{stage}_busy_s": digits(cost.busy_s) for stage, cost in manifest.stages.items()}
+    if manifest.plan is not None:
+        busy["planned_s"] = manifest.plan.eta_s
     session = manifest.sessions[-1]
     committed = [(seconds, rows) for seconds, rows in session.progress if rows]
     if len(committed) < 2:

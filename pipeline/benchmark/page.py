@@ -244,6 +244,8 @@ def _ray(section: Any) -> list[str]:
         ("Ray against the bare loop, start-up left out", _times(figures["ray_against_bare"])),
         ("start-up s", _spread(figures["start_up_s"])),
         ("start-up, share of the run", _share(figures["start_up_share"])),
+        ("seconds that the job planned for itself", _spread(figures.get("planned_s"))),
+        ("seconds that it took", _spread(figures.get("taken_s"))),
     ]
     words = f"{figures['images']} images, {figures['threads']} threads."
     if figures["options"]:
