@@ -160,7 +160,9 @@ class _Pruned:
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         parts = zip(
-            self.sequences, *(tensor.split(self.lengths) for tensor in (queries, keys, values)), strict=True
+            self.sequences,
+            *(torch.split(tensor, self.lengths) for tensor in (queries, keys, values)),
+            strict=True,
         )
         return torch.cat([self._one(layer, *part) for part in parts])
 

@@ -74,7 +74,9 @@ class CausalAttention:
         self._lengths = list(lengths)
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        sequences = zip(*(tensor.split(self._lengths) for tensor in (queries, keys, values)), strict=True)
+        sequences = zip(
+            *(torch.split(tensor, self._lengths) for tensor in (queries, keys, values)), strict=True
+        )
         window = self._windows[layer]
         return torch.cat([gathered(q, k, v, seen(len(q), len(k), window, q)) for q, k, v in sequences])
 
@@ -95,7 +97,8 @@ def attention(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
     repeats = queries.shape[1] // keys.shape[1]
     logits = torch.einsum("nhd,mhd->hnm", queries.float(), keys.float().repeat_interleave(repeats, 1))
     logits = (logits * queries.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
-    return logits.softmax(-1).mean(0)
+    mean: Tensor = logits.softmax(-1).mean(0)
+    return mean
 
 
 def seen(num_queries: int, num_keys: int, window: int | None, like: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def _log_likelihoods(
     logits = decoder.logits(torch.cat([states[span] for span in spans]))
     wanted = torch.tensor([token_id for _, _, ids in rows for token_id in ids], device=logits.device)
     told = logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0].cpu()
-    return list(told.split([len(ids) for _, _, ids in rows]))
+    return list(torch.split(told, [len(ids) for _, _, ids in rows]))
 
 
 def _forced(vlm: VLM, decoder: Decoder, tokens: VisualTokens, prompt: str, ids: tuple[int, ...]) -> Prompt:
