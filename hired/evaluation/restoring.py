@@ -5,9 +5,9 @@ beside a budget, and large enough to hold a few letters or a shape's edge. Given
 much the logarithm of the answer's likelihood rises, in nats. A group was needed where the answer becomes at
 least twice as likely (``NEEDED``).
 
-With a hundred groups a question the largest gain is large by chance alone, so every count of gains stands
-beside the same count of losses, which chance would make as many. Tokens that are needed only together go
-unseen: the loss against keep-all shows how much no single group explains.
+With a hundred groups a question the largest gain is large by chance alone: whatever is given back jolts the
+model a little. So every count of gains stands beside the same count of losses. Tokens that are needed only
+together go unseen; the loss against keep-all shows how much no single group explains.
 """
 
 from __future__ import annotations

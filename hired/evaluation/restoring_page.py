@@ -29,10 +29,10 @@ def page(results: Sequence[Restoring], *, command: str, model: str, picture: str
             f"{first.block} neighbouring patches of one partition. The gain is the rise of the logarithm of "
             "the answer's likelihood, in nats, with that group alone given back. A group was *needed* where "
             "the answer becomes at least twice as likely, *misleading* where it becomes at most half as "
-            "likely. Chance makes as many of the one as of the other, so only the surplus of needed over "
-            "misleading groups says that something was missed. A question was *hurt* where dropping made its "
-            "answer at most half as likely as it is with all tokens. Brackets: 95 % intervals, pictures "
-            "drawn anew.",
+            "likely. Whatever is given back jolts the model a little, upwards or downwards, so the surplus "
+            "of needed over misleading groups says more than their number. A question was *hurt* where "
+            "dropping made its answer at most half as likely as it is with all tokens. Brackets: 95 % intervals, "
+            "pictures drawn anew.",
             "",
             "## Questions",
             "",
