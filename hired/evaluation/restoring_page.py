@@ -31,8 +31,8 @@ def page(results: Sequence[Restoring], *, command: str, model: str, picture: str
             "the answer becomes at least twice as likely, *misleading* where it becomes at most half as "
             "likely. Whatever is given back jolts the model a little, upwards or downwards, so the surplus "
             "of needed over misleading groups says more than their number. A question was *hurt* where "
-            "dropping made its answer at most half as likely as it is with all tokens. Brackets: 95 % intervals, "
-            "pictures drawn anew.",
+            "dropping made its answer at most half as likely as it is with all tokens. Brackets: 95 % "
+            "intervals, pictures drawn anew.",
             "",
             "## Questions",
             "",
