@@ -33,6 +33,10 @@ $(READY): pyproject.toml constraints.txt
 	# prints a page of warnings. The tests of quantised weights look here.
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
 	  --target .venv/torchao torchao
+	# lmms-eval wants a hundred packages, video decoders among them. These are what its evaluator imports.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
+	  --target .venv/lmms-eval lmms-eval accelerate colorama evaluate loguru lxml portalocker pytz \
+	  sacrebleu tabulate
 	touch $@
 
 caption: $(READY) ## caption the sample corpus with the embedded model; prints where the results are

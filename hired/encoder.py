@@ -147,6 +147,7 @@ class Encoder:
             keys=sight.keys,
             features=sight.features,
             single_head=sight.single_head,
+            by_head=sight.from_cls_by_head.__getitem__,
         )
         keep, merged = _chosen(policy, candidates)
         # The size is known beforehand, so nothing waits for it; -1 fills what a policy leaves unused.

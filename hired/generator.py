@@ -76,6 +76,19 @@ class Generator:
         """What continues the prompts."""
         return self._engine
 
+    @property
+    def prompts(self) -> PromptTemplate:
+        """What renders prompts, and turns answers into token ids and back."""
+        return self._prompts
+
+    def request(self, tokens: VisualTokens, prompt: str, *, max_new_tokens: int = 1) -> Request:
+        """One prompt as the engine is given it, for whoever measures the language model itself.
+
+        Raises GenerationError for a prompt that holds image tokens of its own.
+        """
+        row = _Row(0, tokens, self._prompts.split(prompt), max_new_tokens, (), GREEDY)
+        return self._request(row, layout(tokens, self._patches_per_side, newlines=self._newlines))
+
     def generate(
         self,
         tokens: Sequence[VisualTokens],

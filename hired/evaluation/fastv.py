@@ -1,0 +1,245 @@
+"""FastV, which drops visual tokens inside the language model (Chen et al., ECCV 2024, arXiv 2403.06764).
+
+All tokens go through the first K layers. The attention of the prompt's last token in the K-th, a mean over
+heads, ranks the visual tokens; only the best of them take part in the layers above, in prefill and in decode.
+They keep their places: text and positions are as if nothing had been dropped. Newlines are visual tokens.
+
+For comparison only. What is dropped stays in the batch as rows that nobody reads, so nothing is faster here;
+and even done well FastV prefills K layers with everything, which ``mean_visual_tokens`` accounts for.
+
+The same look inside tells how unevenly the language model's attention is spread over the visual tokens: the
+paper's reason to drop most of them (HiRED, Figure 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hired.budget import Budget
+from hired.engine.decoder import Decoder
+from hired.errors import ConfigurationError
+from hired.evaluation.language import CausalAttention, attention, decoder_of, gathered, groups, seen
+from hired.evaluation.likelihood import answer_ids
+from hired.types import Caption, Partitions, VisualTokens
+
+if TYPE_CHECKING:
+    from hired.engine import Request
+    from hired.vlm import VLM
+
+NUM_FULL_LAYERS = 2  # the paper's K
+KEEP_ALL = Budget(rate=1.0)
+
+
+def generate(
+    vlm: VLM,
+    partitions: Sequence[Partitions],
+    prompts: str | Sequence[str],
+    budget: Budget,
+    *,
+    max_new_tokens: int = 64,
+    num_full_layers: int = NUM_FULL_LAYERS,
+) -> list[Caption]:
+    """Greedy answers, ended by the tokenizer's end of sequence.
+
+    ``budget`` is taken of all visual tokens, newlines included; its alpha has no meaning.
+    ``visual_tokens_kept`` counts those above the first ``num_full_layers``. Raises ConfigurationError where
+    the language model has no layer above them, and what ``language.decoder_of`` raises.
+    """
+    decoder = decoder_of(vlm)
+    if not 0 < num_full_layers < decoder.shape.num_layers:
+        raise ConfigurationError(
+            f"num_full_layers={num_full_layers} leaves no layer to rank by or none to drop in; of this "
+            f"language model's {decoder.shape.num_layers} layers give 1 to {decoder.shape.num_layers - 1}"
+        )
+    asked = [prompts] * len(partitions) if isinstance(prompts, str) else prompts
+    tokens = vlm.encode(partitions, budget=KEEP_ALL, policy="keep-all")
+    requests = [
+        vlm.generator.request(image, prompt, max_new_tokens=max_new_tokens)
+        for image, prompt in zip(tokens, asked, strict=True)
+    ]
+    spans = [_visual(vlm, request, prompt) for request, prompt in zip(requests, asked, strict=True)]
+    captions: list[Caption] = []
+    for some in groups([len(request) for request in requests]):
+        pruned = _Pruned(decoder, spans[some], budget, num_full_layers)
+        captions += _decoded(vlm, decoder, requests[some], pruned)
+    return captions
+
+
+def mean_visual_tokens(caption: Caption, num_layers: int, num_full_layers: int = NUM_FULL_LAYERS) -> float:
+    """The visual tokens of a FastV answer that a layer saw, a mean over layers: what its prefill costs."""
+    above = num_layers - num_full_layers
+    return (caption.visual_tokens_full * num_full_layers + caption.visual_tokens_kept * above) / num_layers
+
+
+def attention_shares(
+    vlm: VLM,
+    tokens: Sequence[VisualTokens],
+    prompts: str | Sequence[str],
+    answers: str | Caption | Sequence[str | Caption],
+    *,
+    tops: Sequence[float] = (0.2, 0.4),
+) -> Tensor:
+    """What the most attended visual tokens hold of all attention to visual tokens.
+
+    Float32 ``[images, layers, tops]``; the top 20 % are floor(0.2 * n) tokens of n, at least one. The
+    attention is that of the tokens from which the answer is foretold, the prompt's last and the answer's own,
+    a mean over them and over heads; each layer ranks by its own.
+    """
+    count = len(tokens)
+    asked = [prompts] * count if isinstance(prompts, str) else prompts
+    said = [answers] * count if isinstance(answers, str | Caption) else answers
+    return torch.stack(
+        [
+            _attention_shares(vlm, image, prompt, answer_ids(vlm, answer), tops)
+            for image, prompt, answer in zip(tokens, asked, said, strict=True)
+        ]
+    )
+
+
+@torch.inference_mode()
+def _attention_shares(
+    vlm: VLM, tokens: VisualTokens, prompt: str, ids: Sequence[int], tops: Sequence[float]
+) -> Tensor:
+    decoder = decoder_of(vlm)
+    request = vlm.generator.request(tokens, prompt, max_new_tokens=max(1, len(ids)))
+    request.check_fits(decoder.max_positions)
+    put_in = torch.tensor(ids[:-1], dtype=torch.int64, device=decoder.device)
+    positions = torch.cat([request.positions, request.positions[-1] + 1 + torch.arange(len(put_in))])
+    watching = _Watching(decoder, len(positions), _visual(vlm, request, prompt), max(1, len(ids)))
+    embeddings = torch.cat([request.embeddings, decoder.embed(put_in)])
+    decoder.forward(embeddings, positions.to(decoder.device), watching)
+    by_layer = torch.stack(watching.received).sort(dim=-1, descending=True).values
+    counts = [Budget(rate=top).num_tokens(by_layer.shape[-1]) for top in tops]
+    held = torch.stack([by_layer[:, :n].sum(-1) for n in counts], dim=-1)
+    return (held / by_layer.sum(-1, keepdim=True)).cpu()
+
+
+class _Watching(CausalAttention):
+    """Writes down what the visual tokens of one sequence receive from its last ``num_watched`` tokens."""
+
+    def __init__(self, decoder: Decoder, length: int, visual: slice, num_watched: int) -> None:
+        super().__init__(decoder, [length])
+        self._visual, self._num_watched = visual, num_watched
+        self.received: list[Tensor] = []
+
+    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        watched = queries[-self._num_watched :]
+        mask = seen(len(watched), len(keys), self._windows[layer], queries)
+        self.received.append(attention(watched, keys, mask)[:, self._visual].mean(0))
+        return super().__call__(layer, queries, keys, values)
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """The visual tokens of one sequence, those of them that remain, and its keys and values by layer."""
+
+    visual: slice
+    remaining: Tensor | None = None
+    cache: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+class _Pruned:
+    """``Attend`` of a decoder with a cache that loses visual tokens above the first layers.
+
+    Called first with whole prompts, one after the other, and then with one token of each sequence. A sliding
+    window counts the tokens that remain.
+    """
+
+    def __init__(
+        self, decoder: Decoder, visual: Iterable[slice], budget: Budget, num_full_layers: int
+    ) -> None:
+        self.sequences = [_Sequence(span) for span in visual]
+        self._windows = decoder.shape.windows
+        self._budget, self._num_full_layers = budget, num_full_layers
+        self.lengths: list[int] = []
+
+    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        parts = zip(
+            self.sequences,
+            *(torch.split(tensor, self.lengths) for tensor in (queries, keys, values)),
+            strict=True,
+        )
+        return torch.cat([self._one(layer, *part) for part in parts])
+
+    def _one(self, layer: int, sequence: _Sequence, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        window = self._windows[layer]
+        if len(sequence.cache) > layer:  # decoding
+            before = sequence.cache[layer]
+            keys, values = torch.cat([before[0], keys]), torch.cat([before[1], values])
+            sequence.cache[layer] = keys, values
+            return gathered(queries, keys, values, seen(1, len(keys), window, queries))
+        if layer < self._num_full_layers:
+            mask = seen(len(queries), len(keys), window, queries)
+            if layer == self._num_full_layers - 1:
+                sequence.remaining = self._ranked(
+                    attention(queries[-1:], keys, mask[-1:])[0], sequence.visual
+                )
+            sequence.cache.append((keys, values))
+            return gathered(queries, keys, values, mask)
+        assert sequence.remaining is not None  # the layers below have run
+        here = sequence.remaining
+        sequence.cache.append((keys[here], values[here]))
+        gathered_there = gathered(
+            queries[here], *sequence.cache[layer], seen(len(here), len(here), window, queries)
+        )
+        return queries.new_zeros(queries.shape[0], gathered_there.shape[1]).index_copy(
+            0, here, gathered_there
+        )
+
+    def _ranked(self, received: Tensor, visual: slice) -> Tensor:
+        """The places that remain, rising: all text, and the visual tokens that receive most."""
+        num_visual = visual.stop - visual.start
+        top = received[visual].argsort(descending=True, stable=True)[: self._budget.num_tokens(num_visual)]
+        place = torch.arange(len(received), device=received.device)
+        return torch.cat([place[: visual.start], visual.start + top.sort().values, place[visual.stop :]])
+
+
+@torch.inference_mode()
+def _decoded(vlm: VLM, decoder: Decoder, requests: Sequence[Request], pruned: _Pruned) -> list[Caption]:
+    for request in requests:
+        request.check_fits(decoder.max_positions)
+    [eos] = vlm.generator.prompts.answer_ids("")
+    limit = requests[0].max_new_tokens
+    embeddings = torch.cat([request.embeddings for request in requests])
+    positions = torch.cat([request.positions for request in requests])
+    pruned.lengths = [len(request) for request in requests]
+    answers: list[list[int]] = [[] for _ in requests]
+    for _ in range(limit):
+        states = decoder.forward(embeddings, positions.to(decoder.device), pruned)
+        last = torch.tensor(pruned.lengths).cumsum(0) - 1
+        ids = decoder.logits(states[last.to(states.device)]).argmax(-1)
+        for answer, token_id in zip(answers, ids.tolist(), strict=True):
+            answer.append(token_id)
+        if all(eos in answer for answer in answers):
+            break
+        positions = positions[last] + 1
+        embeddings, pruned.lengths = decoder.embed(ids), [1] * len(requests)
+    return [
+        _caption(vlm, request, sequence, answer, eos)
+        for request, sequence, answer in zip(requests, pruned.sequences, answers, strict=True)
+    ]
+
+
+def _caption(vlm: VLM, request: Request, sequence: _Sequence, answer: list[int], eos: int) -> Caption:
+    ids = tuple(answer[: answer.index(eos)] if eos in answer else answer)
+    num_full = sequence.visual.stop - sequence.visual.start
+    assert sequence.remaining is not None  # the prompt has been prefilled
+    return Caption(
+        text=vlm.generator.prompts.decode(ids).strip(),
+        token_ids=ids,
+        finish_reason="stop" if eos in answer else "length",
+        prompt_tokens=len(request),
+        visual_tokens_full=num_full,
+        visual_tokens_kept=len(sequence.remaining) - (len(request) - num_full),
+    )
+
+
+def _visual(vlm: VLM, request: Request, prompt: str) -> slice:
+    """Where the visual tokens lie in a request."""
+    prefix, suffix = vlm.generator.prompts.split(prompt)
+    return slice(len(prefix), len(request) - len(suffix))
