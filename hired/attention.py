@@ -62,13 +62,17 @@ class Attention:
         return gathered.transpose(1, 2).flatten(2)
 
     def from_cls(self) -> Tensor:
-        """The attention of CLS to each patch, summed over heads: float32 ``[n, patches]``.
+        """The attention of CLS to each patch, summed over heads: float32 ``[n, patches]``."""
+        return self.from_cls_by_head().sum(1)
+
+    def from_cls_by_head(self) -> Tensor:
+        """The attention of CLS to each patch in each head, float32 ``[n, heads, patches]``.
 
         CLS's attention to itself counts in the softmax and is then left out. In float32 whatever the layer
         runs in: eight bits of bfloat16 would tie patches that differ.
         """
         logits = self.queries[:, :, :1].float() @ self.keys.float().transpose(-1, -2) * self.scale
-        return logits.softmax(-1)[:, :, 0, 1:].sum(1)
+        return logits.softmax(-1)[:, :, 0, 1:]
 
 
 def attention_in_blocks(

@@ -102,9 +102,11 @@ class Batch:
         keys: Callable[[], Tensor],
         features: Callable[[], Tensor],
         single_head: Callable[[int], tuple[Tensor, Tensor]],
+        by_head: Callable[[int], Tensor],
     ) -> Candidates:
         """What a policy chooses from; ``from_cls``, ``keys`` and ``features`` are ``[n, patches, ...]``.
 
+        ``by_head`` gives ``[n, heads, patches]`` of a layer.
         ``limits`` are the tokens that may be kept of each image, ``num_before`` those that there are.
         """
 
@@ -134,6 +136,7 @@ class Batch:
             keys=lambda: by_image(keys()),
             features=lambda: by_image(features()),
             single_head=both,
+            by_head=lambda layer: by_image(by_head(layer).transpose(1, 2)),
             fingerprints=self.fingerprints,
         )
 

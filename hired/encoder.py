@@ -174,6 +174,7 @@ class Encoder:
             keys=sight.keys,
             features=sight.features,
             single_head=sight.single_head,
+            by_head=sight.from_cls_by_head.__getitem__,
         )
         keep, merged = _chosen(policy, candidates)
         # The size is known beforehand, so nothing waits for it; -1 fills what a policy leaves unused.
@@ -193,7 +194,7 @@ class _Remembered:
     """A ``Sight`` at which several policies look; nothing is computed twice."""
 
     def __init__(self, sight: Sight) -> None:
-        self.from_cls = sight.from_cls
+        self.from_cls, self.from_cls_by_head = sight.from_cls, sight.from_cls_by_head
         self.keys, self.features = cache(sight.keys), cache(sight.features)
         self.single_head = cache(sight.single_head)
 

@@ -79,6 +79,11 @@ class Generator:
         """What continues the prompts."""
         return self._engine
 
+    @property
+    def prompts(self) -> PromptTemplate:
+        """What renders prompts, and turns answers into token ids and back."""
+        return self._prompts
+
     def packing(self, newlines: Newlines, positions: Positions) -> Generator:
         """The same model and engine, laying visual tokens out in another way."""
         _check_packing(newlines, positions)
@@ -89,6 +94,13 @@ class Generator:
     def layout(self, tokens: VisualTokens) -> Layout:
         """Where an image's tokens go."""
         return layout(tokens, self._patches_per_side, newlines=self._newlines)
+
+    def request(self, tokens: VisualTokens, prompt: str, *, max_new_tokens: int = 1) -> Request:
+        """One prompt as the engine is given it, for whoever measures the language model itself.
+
+        Raises GenerationError for a prompt that holds image tokens of its own.
+        """
+        return next(self.requests(tokens, [prompt], max_new_tokens=[max_new_tokens]))
 
     def requests(
         self, tokens: VisualTokens, prompts: Sequence[str], *, max_new_tokens: Sequence[int]

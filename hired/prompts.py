@@ -59,6 +59,14 @@ class PromptTemplate:
         """The text of generated ids, special tokens left out."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
+    def answer_ids(self, answer: str, *, ended: bool = True) -> tuple[int, ...]:
+        """The ids of an answer as the model would write it, closed by the end of sequence if ``ended``.
+
+        Tokenised on its own: tokenizers whose words begin with a space put it there themselves.
+        """
+        ids: list[int] = self._tokenizer(answer, add_special_tokens=False).input_ids
+        return (*ids, self._tokenizer.eos_token_id) if ended else tuple(ids)
+
     def _token_ids(self, prompt: str) -> list[int]:
         rendered = self.render(prompt)
         bos_token = self._tokenizer.bos_token  # some templates write it themselves: never begin twice

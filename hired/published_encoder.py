@@ -98,6 +98,7 @@ class PublishedEncoder:
             keys=_not_computed,
             features=lambda: features,
             single_head=lambda _: _not_computed(),
+            by_head=lambda layer: seen.attentions[layer][:, :, 0, 1:].float(),
         )
         keep = policy.select(candidates)
         if isinstance(keep, Merged):

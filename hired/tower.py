@@ -82,11 +82,11 @@ class Tower:
         """
         through = _compiled() if compiled else _through
         states = self._module.pre_layrnorm(self._module.embeddings(pixels))
-        from_cls = {}
+        by_head = {}
         for index, layer in enumerate(self._layers[:last_layer]):
             if index in read_layers:
                 attention = _attention(layer, states)
-                from_cls[index] = attention.from_cls()
+                by_head[index] = attention.from_cls_by_head()
                 states = _after_attention(layer, states, attention.context())
             else:
                 states = through(layer, states)
@@ -94,8 +94,9 @@ class Tower:
         above = self._layers[last_layer + 1] if last_layer + 1 < self.num_layers else None
         attention = _attention(last, states)
         if last_layer in read_layers:
-            from_cls[last_layer] = attention.from_cls()
-        return Sight(last, above, states, attention.keys, attention.context(), from_cls)
+            by_head[last_layer] = attention.from_cls_by_head()
+        from_cls = {index: heads.sum(1) for index, heads in by_head.items()}
+        return Sight(last, above, states, attention.keys, attention.context(), from_cls, by_head)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,7 +105,7 @@ class Sight:
 
     ``above`` is the next layer, None where there is none. ``states`` and ``context`` are
     ``[n, 1 + patches, d]``, ``keys_by_head`` ``[n, heads, 1 + patches, d_head]``; ``from_cls`` holds float32
-    ``[n, patches]`` by layer.
+    ``[n, patches]`` by layer, ``from_cls_by_head`` ``[n, heads, patches]``, of which it is the sum.
     """
 
     layer: Any
@@ -113,6 +114,7 @@ class Sight:
     keys_by_head: Tensor
     context: Tensor
     from_cls: Mapping[int, Tensor]
+    from_cls_by_head: Mapping[int, Tensor]
 
     def features_at(self, partition: Tensor, patch: Tensor) -> Tensor:
         """The layer's output ``[m, d]`` at ``m`` patches alone."""

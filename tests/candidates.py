@@ -47,6 +47,11 @@ class Picture:
         """What CLS attends to, ``[k + 1, patches]``: most of it at few patches."""
         return self.noise(layer) ** 6
 
+    def by_head(self, layer: int) -> Tensor:
+        """Two heads ``[k + 1, patches, 2]``, which differ and add up to ``attention``."""
+        share = self.noise(30 + layer)
+        return torch.stack([share, 1 - share], dim=-1) * self.attention(layer)[..., None]
+
     @cached_property
     def single_head(self) -> Tensor:
         return (4 * self.noise(20)).softmax(-1)
@@ -92,6 +97,7 @@ def candidates(
             stacked([picture.single_head for picture in pictures]),
             stacked([picture.keys for picture in pictures]),
         ),
+        by_head=lambda layer: stacked([picture.by_head(layer) for picture in pictures]),
         fingerprints=lambda: [picture.seed for picture in pictures],
     )
 

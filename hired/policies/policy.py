@@ -26,6 +26,8 @@ class Candidates:
     heads joined, and its output, both ``[images, partitions, patches, d]``.
     ``single_head(0)`` computes what CLS would attend to if the feature layer had one head as wide as all,
     float32 ``[images, partitions, patches]``, and the keys; ``single_head(1)`` the same of the layer above.
+    ``by_head(layer)`` tells the heads of ``cls_attention`` apart: float32 ``[images, partitions, patches,
+    heads]``, of the layers that the policy asked for.
     ``fingerprints()`` are numbers made from the pixels of each image, the same in whatever company.
     """
 
@@ -41,6 +43,7 @@ class Candidates:
     keys: Callable[[], Tensor]
     features: Callable[[], Tensor]
     single_head: Callable[[int], tuple[Tensor, Tensor]]
+    by_head: Callable[[int], Tensor]
     fingerprints: Callable[[], Sequence[int]]
 
     @property

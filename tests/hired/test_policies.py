@@ -58,6 +58,7 @@ def candidates(
         keys=lambda: pytest.fail("nobody asked for keys"),
         features=lambda: pytest.fail("nobody asked for features"),
         single_head=lambda _: pytest.fail("nobody asked for one head"),
+        by_head=lambda _: pytest.fail("nobody asked for heads"),
         fingerprints=lambda: pytest.fail("nobody asked for fingerprints"),
     )
 

@@ -80,12 +80,14 @@ def test_features_of_some_patches_equal_those_of_all(module: CLIPVisionModel, pi
 def test_what_cls_attends_to_equals_the_eager_attention_maps(
     module: CLIPVisionModel, pixels: torch.Tensor
 ) -> None:
-    from_cls = Tower(module).look(pixels, 3, read_layers=range(4)).from_cls
+    sight = Tower(module).look(pixels, 3, read_layers=range(4))
     eager = tiny_tower()
     eager.set_attn_implementation("eager")
     maps = eager(pixels, output_attentions=True).attentions
     for layer in range(4):
-        torch.testing.assert_close(from_cls[layer], maps[layer][:, :, 0, 1:].sum(1), atol=1e-6, rtol=1e-5)
+        expected = maps[layer][:, :, 0, 1:]
+        torch.testing.assert_close(sight.from_cls[layer], expected.sum(1), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(sight.from_cls_by_head[layer], expected, atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()
