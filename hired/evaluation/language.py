@@ -97,7 +97,8 @@ def attention(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
     repeats = queries.shape[1] // keys.shape[1]
     logits = torch.einsum("nhd,mhd->hnm", queries.float(), keys.float().repeat_interleave(repeats, 1))
     logits = (logits * queries.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
-    return logits.softmax(-1).mean(0)
+    mean: Tensor = logits.softmax(-1).mean(0)
+    return mean
 
 
 def seen(num_queries: int, num_keys: int, window: int | None, like: Tensor) -> Tensor:

@@ -82,11 +82,11 @@ def _imported(place: str) -> Policy:
 def described(arm: Arm) -> dict[str, Any]:
     """An arm as a run's identity and record have it."""
     policy = arm.policy
-    values = {f.name: repr(getattr(policy, f.name)) for f in fields(policy)} if is_dataclass(policy) else {}
+    options = fields(policy) if is_dataclass(policy) else ()
     return {
         "name": arm.name,
         "policy": f"{type(policy).__module__}:{type(policy).__qualname__}",
-        "values": values,
+        "values": {option.name: repr(getattr(policy, option.name)) for option in options},
         "rate": arm.budget.rate,
         "alpha": arm.budget.alpha,
         "newlines": arm.newlines,

@@ -251,9 +251,9 @@ def _ablations(section: Record, pictures: Mapping[str, str]) -> list[str]:
         "## Ablations",
         "",
         f"HiRED at {rate:.0%} of the tokens with one decision changed, on {section['items']:,} questions "
-        f"about {section['pictures']:,} pictures. Differences are in points of a hundred, bold where the interval "
-        "leaves out zero. `hired` allocates by layer 0, selects by the feature layer, sums over heads, keeps "
-        "original positions and closes the rows that keep a token.",
+        f"about {section['pictures']:,} pictures. Differences are in points of a hundred, bold where the "
+        "interval leaves out zero. `hired` allocates by layer 0, selects by the feature layer, sums over "
+        "heads, keeps original positions and closes the rows that keep a token.",
         "",
     ]
     lines += _picture(pictures, "ablations", "Green: better than HiRED; red: worse; grey: not told apart.")
@@ -366,7 +366,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def _cell(triple: Sequence[float]) -> str:
     value, low, high = (100 * part for part in triple)
-    return f"{value:.1f} ({low:.1f} to {high:.1f})"
+    return f"{value:.1f} [{low:.0f}, {high:.0f}]"
 
 
 def _percent(triple: Sequence[float]) -> str:
@@ -381,7 +381,7 @@ def _points(triple: Sequence[float]) -> str:
 
 def _marked(triple: Sequence[float]) -> str:
     value, low, high = (100 * part for part in triple)
-    words = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+    words = f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
     return f"**{words}**" if excludes_zero(triple) else words
 
 
