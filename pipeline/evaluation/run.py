@@ -17,6 +17,7 @@ import torch
 from hired import families
 from hired.devices import describe_hardware, resolve_device
 from hired.errors import ConfigurationError
+from hired.evaluation.arms import Arm
 from hired.evaluation.items import Picture
 from hired.vlm import resolve
 from pipeline.benchmark.record import commit
@@ -40,22 +41,25 @@ def run(options: Options, command: str) -> Path:
 
     With ``--write-tasks`` the drawn tasks are written there and nothing is asked.
     """
-    pictures = sets.pictures(options)
     if options.write_tasks is not None:
-        sets.write(options.write_tasks, pictures)
+        sets.write(options.write_tasks, sets.pictures(options))
         return options.write_tasks
     started_s = time.perf_counter()
     worker = _worker(options)
+    arms = table_arms(options)  # what cannot be had is an error before anything is drawn
+    pictures = sets.pictures(options)
     store = Store(options.output)
     record = _surroundings(options, command, worker, pictures)
     if "table" in options.wanted.sections:
-        answers = _answers(options, worker, pictures, "table")
+        answers = _answers(options, worker, pictures, arms, "table")
         record["table"] = figures.table(figures.Answers.of(answers), options.draws)
-        record["arms"] = [described(arm) for arm in table_arms(options)]
+        record["arms"] = [described(arm) for arm in arms]
         _write_answers(store, ANSWERS, answers)
     if "ablations" in options.wanted.sections:
         some = pictures[: options.ablation_pictures or len(pictures)]
-        answers = _answers(options, worker, some, "ablations")
+        feature_layer, num_heads = _tower(worker)
+        arms = ablation_arms(options, feature_layer=feature_layer, num_heads=num_heads)
+        answers = _answers(options, worker, some, arms, "ablations")
         record["ablations"] = figures.ablations(
             figures.Answers.of(answers), options.ablation_budget, options.draws
         )
@@ -77,12 +81,9 @@ def write_page(folder: Path) -> Path:
     return folder / PAGE
 
 
-def _answers(options: Options, worker: Worker, pictures: list[Picture], section: str) -> pa.Table:
-    if section == "table":
-        arms = table_arms(options)
-    else:
-        feature_layer, num_heads = _tower(worker)
-        arms = ablation_arms(options, feature_layer=feature_layer, num_heads=num_heads)
+def _answers(
+    options: Options, worker: Worker, pictures: list[Picture], arms: list[Arm], section: str
+) -> pa.Table:
     num_items = sum(len(picture.items) for picture in pictures)
     log.info("%s: %d arms x %d questions about %d pictures", section, len(arms), num_items, len(pictures))
     store = Store(options.work / section / options.split)
