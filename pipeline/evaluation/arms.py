@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 from hired import policies
@@ -82,7 +82,7 @@ def _imported(place: str) -> Policy:
 def described(arm: Arm) -> dict[str, Any]:
     """An arm as a run's identity and record have it."""
     policy = arm.policy
-    options = fields(policy) if is_dataclass(policy) else ()
+    options: tuple[Field[Any], ...] = fields(policy) if is_dataclass(policy) else ()
     return {
         "name": arm.name,
         "policy": f"{type(policy).__module__}:{type(policy).__qualname__}",
