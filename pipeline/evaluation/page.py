@@ -62,8 +62,8 @@ def _conclusions(record: Record) -> Iterator[str]:
         kept = hired["mean"][0] / everything["mean"][0] if everything["mean"][0] else 0.0
         best = max(_at(table, rate), key=lambda arm: arm["mean"][0])
         yield (
-            f"- **{rate:.0%} of the tokens**: `hired` scores {_percent(hired['mean'])}, {kept:.1%} of "
-            f"what all tokens score. {_best(table, best, rate)} {_losses(table, rate)}"
+            f"- **{_whole(rate)} of the tokens**: `hired` scores {_percent(hired['mean'])}, "
+            f"{100 * kept:.1f} % of what all tokens score. {_best(table, best, hired)} {_losses(table, rate)}"
         )
     low = [name for name, triple in everything["tasks"].items() if triple[0] < 0.75]
     if low:
@@ -81,10 +81,10 @@ def _conclusions(record: Record) -> Iterator[str]:
         )
 
 
-def _best(table: Record, best: Record, rate: float) -> str:
-    if best["name"] == "hired":
+def _best(table: Record, best: Record, hired: Record) -> str:
+    if best["mean"][0] <= hired["mean"][0]:
         return "No other policy has a higher mean."
-    difference = table["differences"]["hired"][f"{best['name']} at {rate:g}"]["mean"]
+    difference = table["differences"]["hired"][f"{best['name']} at {best['rate']:g}"]["mean"]
     certain = "an order that the interval supports" if excludes_zero(difference) else "which may be chance"
     return (
         f"The highest mean is that of `{best['name']}`, {_percent(best['mean'])}: {_points(difference)} "
@@ -124,7 +124,7 @@ def _tasks(table: Record) -> list[str]:
                 task.metric if task else "",
                 f"{about['items']:,}",
                 f"{about['pictures']:,}",
-                f"{about['answered_by_full_image'] / about['items']:.0%}",
+                _whole(about["answered_by_full_image"] / about["items"]),
                 _cell(score),
             ]
         )
@@ -162,7 +162,7 @@ def _tables(record: Record) -> list[str]:
             for arm in arms
         ]
         lines += [
-            f"### {rate:.0%} of the tokens",
+            f"### {_whole(rate)} of the tokens",
             "",
             *_table(("policy", "tokens", *tasks, "mean"), rows),
             "",
@@ -190,7 +190,7 @@ def _without_easy(table: Record) -> list[str]:
     for name in names:
         cells = [table["arms"].get(f"{name} at {rate:g}") for rate in rates]
         rows.append([name, *(_cell(cell["mean_without_easy"]) if cell else "" for cell in cells)])
-    return [*lines, *_table(("policy", *(f"{rate:.0%}" for rate in rates)), rows), ""]
+    return [*lines, *_table(("policy", *(f"{_whole(rate)}" for rate in rates)), rows), ""]
 
 
 def _differences(table: Record) -> list[str]:
@@ -209,7 +209,7 @@ def _differences(table: Record) -> list[str]:
     for name in names:
         own = [cells.get(f"{name} at {rate:g}") for rate in rates]
         rows.append([name, *(_marked(cell["mean"]) if cell else "" for cell in own)])
-    return [*lines, *_table(("policy", *(f"{rate:.0%}" for rate in rates)), rows), ""]
+    return [*lines, *_table(("policy", *(f"{_whole(rate)}" for rate in rates)), rows), ""]
 
 
 def _tokens(table: Record, pictures: Mapping[str, str]) -> list[str]:
@@ -218,7 +218,7 @@ def _tokens(table: Record, pictures: Mapping[str, str]) -> list[str]:
         pictures, "tokens-an-image", "From the fewest to the most an image; the dot is the mean."
     )
     unused = [
-        f"`{arm['name']}` at {arm['rate']:.0%} uses {arm['budget_used']:.0%} of its budget"
+        f"`{arm['name']}` at {_whole(arm['rate'])} uses {_whole(arm['budget_used'])} of its budget"
         for rate in _rates(table)
         for arm in _at(table, rate)
         if arm["budget_used"] < USED
@@ -250,7 +250,7 @@ def _ablations(section: Record, pictures: Mapping[str, str]) -> list[str]:
     lines = [
         "## Ablations",
         "",
-        f"HiRED at {rate:.0%} of the tokens with one decision changed, on {section['items']:,} questions "
+        f"HiRED at {_whole(rate)} of the tokens with one decision changed, on {section['items']:,} questions "
         f"about {section['pictures']:,} pictures. Differences are in points of a hundred, bold where the "
         "interval leaves out zero. `hired` allocates by layer 0, selects by the feature layer, sums over "
         "heads, keeps original positions and closes the rows that keep a token.",
@@ -299,8 +299,8 @@ def _attention(section: Record, pictures: Mapping[str, str]) -> list[str]:
     if isinstance(shares, str):
         lines += [shares, ""]
     else:
-        ours = ", ".join(f"{float(share):.0%} hold {held:.0%}" for share, held in shares.items())
-        theirs = ", ".join(f"{share:.0%} hold {held:.0%}" for share, held in paper.FIGURE_2.items())
+        ours = ", ".join(f"{_whole(float(share))} hold {_whole(held)}" for share, held in shares.items())
+        theirs = ", ".join(f"{_whole(share)} hold {_whole(held)}" for share, held in paper.FIGURE_2.items())
         lines += [
             "What the last token of the prompt attends to among the visual tokens, all kept, a mean over "
             f"heads, layers and {section['pictures']} pictures: the top {ours}. The paper's figure 2: the "
@@ -311,9 +311,9 @@ def _attention(section: Record, pictures: Mapping[str, str]) -> list[str]:
     rows = []
     for share, counts in section["by_partition"].items():
         if counts is not None:
-            rows.append([f"here, top {float(share):.0%}", *(f"{count:.1f}" for count in counts)])
+            rows.append([f"here, top {_whole(float(share))}", *(f"{count:.1f}" for count in counts)])
     for share, numbers in paper.TABLE_2.items():
-        rows.append([f"the paper, top {share:.0%}", *map(str, numbers)])
+        rows.append([f"the paper, top {_whole(share)}", *map(str, numbers)])
     lines += [
         "Where the patches lie that CLS attends to most, over all partitions, in the "
         f"{section['of_grid']} pictures of two by two sub-images. The paper's table 2 is of one picture.",
@@ -367,6 +367,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def _cell(triple: Sequence[float]) -> str:
     value, low, high = (100 * part for part in triple)
     return f"{value:.1f} [{low:.0f}, {high:.0f}]"
+
+
+def _whole(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _percent(triple: Sequence[float]) -> str:

@@ -206,7 +206,11 @@ def _alpha(record: Record) -> Figure | None:
     axes.axvline(paper.BEST_ALPHA, color="grey", linestyle=":", linewidth=1)
     place = (paper.BEST_ALPHA, axes.get_ylim()[0])
     axes.annotate("the paper's best", place, (4, 4), textcoords="offset points", fontsize=8, color="grey")
-    _finish(axes, "alpha: the full-image's share of the budget", f"mean over tasks at {rate:.0%}, %")
+    _finish(
+        axes,
+        "alpha: the full-image's share of the budget",
+        f"mean over tasks at {100 * rate:.0f} % of the tokens, %",
+    )
     return figure
 
 

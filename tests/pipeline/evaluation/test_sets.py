@@ -69,7 +69,7 @@ def test_a_file_needs_little(drawn: list[Picture], tmp_path: Path) -> None:
     assert [item.question for item in first.items] == ["a", "b"]
     [item] = second.items
     assert (item.task, item.metric, item.answers, item.max_new_tokens) == ("own", "anls", ("3",), 9)
-    assert asking(f"{path}=anls", pictures=1) == [first]
+    assert asking(f"{path}=anls", pictures=1, max_new_tokens=9) == [first]
 
 
 @pytest.mark.parametrize(
