@@ -167,15 +167,17 @@ def _computed(
         if not stop.requested and (pair := next(waiting, None)):
             running[actor.answers.remote(list(pair[1]))] = (pair[0], actor)
 
-    for actor in actors:
-        begin(actor)
-    while running:
-        [ready], _ = ray.wait(list(running))
-        name, actor = running.pop(ready)
-        begin(actor)
-        yield name, ray.get(ready)
-    for actor in actors:
-        ray.kill(actor)
+    try:
+        for actor in actors:
+            begin(actor)
+        while running:
+            [ready], _ = ray.wait(list(running))
+            name, actor = running.pop(ready)
+            begin(actor)
+            yield name, ray.get(ready)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
 
 
 def connect() -> None:
@@ -214,8 +216,8 @@ def _check_identity(store: Store, identity: dict[str, Any]) -> None:
     changed = [name for name in identity if before.get(name) != identity[name]]
     if changed:
         raise ConfigurationError(
-            f"the answers in {store.root} were given with another {' and another '.join(changed)}: name "
-            "another --work, or delete that folder"
+            f"the answers in {store.root} are of a run that differs in {', '.join(changed)}: name another "
+            "--work, or delete that folder"
         )
 
 

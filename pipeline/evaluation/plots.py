@@ -156,6 +156,7 @@ def _tasks(record: Record) -> Figure:
         level = table["arms"][f"{KEEP_ALL} at 1"]["tasks"][task][0] * 100
         axes.axhline(level, color="black", linestyle=":", linewidth=1)
         axes.set_title(task, fontsize=10)
+        axes.set_ylim(-3, 103)
         _finish(axes, "", "")
         axes.set_xscale("log")
         axes.set_xticks([arm["rate"] * 100 for arm in next(iter(curves(table).values()))])

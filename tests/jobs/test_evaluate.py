@@ -86,7 +86,7 @@ def test_a_killed_evaluation_goes_on_and_its_page_is_of_all_answers(
     assert main([*arguments, "--pictures=8"]) == 0
     assert len(files(work)) == 8
     assert main([*arguments, "--alpha=0.25"]) == 2
-    assert "with another arms" in capsys.readouterr().err
+    assert "differs in arms" in capsys.readouterr().err
     # The page alone, from the record.
     (output / "README.md").unlink()
     assert main([f"--output={output}", "--page-only"]) == 0
