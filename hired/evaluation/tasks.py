@@ -30,6 +30,8 @@ CAPTION = 96
 NUM_ANNOTATORS = 10
 # One picture in seven is a page.
 PAGE_EVERY = 7
+# More scenes have a chart than in training, so that there are as many questions about them as about others.
+CHARTS = 0.5
 QUALITY = 92
 
 
@@ -37,7 +39,8 @@ QUALITY = 92
 class Task:
     """What is asked: the forms of question that belong to it, as ``hired.embedded.questions`` names them.
 
-    ``like`` says which benchmarks of photographs it stands in for.
+    ``like`` says which benchmarks of photographs it stands in for. A ``rare`` one is not asked about every
+    picture of its kind, and where it is, in full.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Task:
     forms: tuple[str, ...]
     metric: str
     on_pages: bool = False
+    rare: bool = False
     max_new_tokens: int = SHORT
     num_answers: int = 1
 
@@ -58,7 +62,7 @@ TASKS = (
     Task("signs", "Signs, by colour", "TextVQA", ("read",), "textvqa", num_answers=NUM_ANNOTATORS),
     Task("signs-at", "Signs, by place", "OCRBench", ("read-place",), "ocrbench"),
     Task("pages", "Pages of signs", "DocVQA", ("read",), "anls", on_pages=True),
-    Task("charts", "Values in charts", "ChartQA", ("chart",), "relaxed"),
+    Task("charts", "Values in charts", "ChartQA", ("chart",), "relaxed", rare=True),
     Task("captions", "Captions", "captions", ("describe",), "contents", max_new_tokens=CAPTION),
 )
 
@@ -72,13 +76,14 @@ _SIDES = (
     *(tuple((row, col) for row in range(3)) for col in (0, 2)),
     *(tuple((row, col) for col in range(3)) for row in (0, 2)),
 )
+_MIXED = Recipe(chart=CHARTS)
 _PAGE = Recipe(chart=0.0, signs=(6, 8), shapes=(0, 0))
 
 
 def draw(num_pictures: int, seed: int, *, most: int = 2) -> Iterator[Picture]:
     """The first pictures of the set that ``seed`` decides, each with at most so many questions of a task.
 
-    A picture does not depend on how many are drawn.
+    Every scene asks every task of scenes but the rare ones. A picture does not depend on how many are drawn.
     """
     for number in range(num_pictures):
         rng = random.Random(f"evaluation {seed} {number}")
@@ -90,15 +95,16 @@ def _picture(key: str, rng: random.Random, on_page: bool, most: int) -> Picture:
     while True:
         scene = _page(rng) if on_page else _scene(rng)
         items = tuple(_items(key, scene, rng, on_page, most))
-        if items:
+        always = {task.name for task in TASKS if task.on_pages == on_page and not task.rare}
+        if always <= {item.task for item in items}:
             return Picture(key, _encoded(scene), items)
 
 
 def _scene(rng: random.Random) -> Scene:
-    recipe = painter.MIXED
+    recipe = _MIXED
     kind = rng.random()
     if kind < 0.25:
-        recipe = Recipe(signs=(1, 2), shapes=(1, 3), places=rng.choice(_CORNERS))
+        recipe = Recipe(CHARTS, signs=(1, 2), shapes=(1, 3), places=rng.choice(_CORNERS))
     elif kind < 0.5:
         recipe = Recipe(signs=(1, 1), shapes=(1, 2), places=rng.choice(_SIDES))
     return painter.paint(rng, painter.random_size(rng), text=held_out_text, recipe=recipe)
@@ -115,7 +121,7 @@ def _items(key: str, scene: Scene, rng: random.Random, on_page: bool, most: int)
     for task in TASKS:
         if task.on_pages == on_page:
             suiting = [question for question in asked if question.task in task.forms]
-            limit = len(suiting) if on_page else most
+            limit = len(suiting) if on_page or task.rare else most
             for number, question in enumerate(suiting[:limit]):
                 yield _item(f"{key}-{task.name}-{number}", key, task, question)
 

@@ -60,7 +60,7 @@ class Options:
     dtype: str | None = None
     actors: int | None = None
     threads: int = 1
-    chunk: int = 4
+    chunk: int = 2
     work: Path = Path("build/evaluation")
     output: Path = Path("docs/results/accuracy")
     write_tasks: Path | None = None
