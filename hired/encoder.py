@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -82,10 +83,31 @@ class Encoder:
         were cut for another tower.
         """
         policy = policies.get(policy) if isinstance(policy, str) else policy
+        layers = self._layers(policy)
         selections = [
-            self._select(batch, copy, budget, policy) for batch, copy in self._on_device(partitions)
+            self._select(batch, copy, budget, policy, self._look(copy, self.feature_layer, layers))
+            for batch, copy in self._on_device(partitions)
         ]
         return _visual_tokens(selections, policy)
+
+    @torch.no_grad()
+    def encode_each(
+        self, partitions: Sequence[Partitions], choices: Sequence[tuple[Policy, Budget]]
+    ) -> list[list[VisualTokens]]:
+        """What ``encode`` gives for each of the ``choices``, and in each for each image, after one look.
+
+        The last layer runs for all patches, where ``encode`` spares it those that are dropped; features
+        differ from its by what products of another shape are rounded to.
+        """
+        layers = {layer for policy, _ in choices for layer in self._layers(policy)}
+        selections: list[list[_Selection]] = [[] for _ in choices]
+        for batch, copy in self._on_device(partitions):
+            sight = _Remembered(self._look(copy, self.feature_layer, sorted(layers)))
+            for chosen, (policy, budget) in zip(selections, choices, strict=True):
+                chosen.append(self._select(batch, copy, budget, policy, sight))
+        return [
+            _visual_tokens(chosen, policy) for chosen, (policy, _) in zip(selections, choices, strict=True)
+        ]
 
     @torch.no_grad()
     def cls_attention(
@@ -127,17 +149,22 @@ class Encoder:
         """
         return pixels.permute(0, 3, 1, 2).float().div_(255).sub_(self._mean).div_(self._std)
 
-    def _select(self, batch: Batch, copy: Batch, budget: Budget, policy: Policy) -> _Selection:
-        """Queues all work on a batch; ``copy`` is the one on the device."""
+    def _layers(self, policy: Policy) -> tuple[int, ...]:
+        """The layers whose CLS attention the policy reads; raises ConfigurationError for others' numbers."""
         layers = policy.layers(self.feature_layer)
         if not all(0 <= layer <= self.feature_layer for layer in layers):
             raise ConfigurationError(
                 f"the policy {policy.name!r} reads the layers {layers}; features come from layer "
                 f"{self.feature_layer}, and none above it is run"
             )
+        return layers
+
+    def _select(
+        self, batch: Batch, copy: Batch, budget: Budget, policy: Policy, sight: Sight | _Remembered
+    ) -> _Selection:
+        """Queues all that follows a look at a batch; ``copy`` is the one on the device."""
         num_before = batch.num_before
         limits = [policy.num_tokens(budget, real) for real in batch.real_by_image]
-        sight = self._look(copy, self.feature_layer, layers)
         candidates = copy.candidates(
             limits=limits,
             num_before=num_before,
@@ -161,6 +188,18 @@ class Encoder:
         return _Selection(
             batch.images, batch.real, limits, features.to(self.handoff_dtype), places, keep.sum((1, 2))
         )
+
+
+class _Remembered:
+    """A ``Sight`` at which several policies look; nothing is computed twice."""
+
+    def __init__(self, sight: Sight) -> None:
+        self.from_cls, self.from_cls_by_head = sight.from_cls, sight.from_cls_by_head
+        self.keys, self.features = cache(sight.keys), cache(sight.features)
+        self.single_head = cache(sight.single_head)
+
+    def features_at(self, partition: Tensor, patch: Tensor) -> Tensor:
+        return self.features()[partition, patch]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

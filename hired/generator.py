@@ -5,6 +5,8 @@ The projector runs here, on kept tokens only: features before it are a quarter o
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -17,6 +19,9 @@ from hired.errors import ConfigurationError, GenerationError
 from hired.packing import Layout, Newlines, Positions, layout, pack, position_ids
 from hired.prompts import Halves, PromptTemplate
 from hired.types import Caption, VisualTokens
+
+# Images that prompts share get numbers of their own, so that none is taken for another.
+_IMAGES = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +64,7 @@ class Generator:
         newlines: Newlines = "rows",
         positions: Positions = "original",
     ) -> None:
-        for option, value, known in (("newlines", newlines, Newlines), ("positions", positions, Positions)):
-            if value not in get_args(known):
-                raise ConfigurationError(f"{option} is {value!r}, use one of {', '.join(get_args(known))}")
+        _check_packing(newlines, positions)
         self._engine = engine
         self._prompts = prompts
         self._projector = projector
@@ -81,13 +84,43 @@ class Generator:
         """What renders prompts, and turns answers into token ids and back."""
         return self._prompts
 
+    def packing(self, newlines: Newlines, positions: Positions) -> Generator:
+        """The same model and engine, laying visual tokens out in another way."""
+        _check_packing(newlines, positions)
+        other = copy.copy(self)
+        other._newlines, other._positions = newlines, positions
+        return other
+
+    def layout(self, tokens: VisualTokens) -> Layout:
+        """Where an image's tokens go."""
+        return layout(tokens, self._patches_per_side, newlines=self._newlines)
+
     def request(self, tokens: VisualTokens, prompt: str, *, max_new_tokens: int = 1) -> Request:
         """One prompt as the engine is given it, for whoever measures the language model itself.
 
         Raises GenerationError for a prompt that holds image tokens of its own.
         """
-        row = _Row(0, tokens, self._prompts.split(prompt), max_new_tokens, (), GREEDY)
-        return self._request(row, layout(tokens, self._patches_per_side, newlines=self._newlines))
+        return next(self.requests(tokens, [prompt], max_new_tokens=[max_new_tokens]))
+
+    def requests(
+        self, tokens: VisualTokens, prompts: Sequence[str], *, max_new_tokens: Sequence[int]
+    ) -> Iterator[Request]:
+        """Several prompts about one image, greedy, as the engine takes them.
+
+        The image belongs to what they share, so that an engine that is past it in one of them need not
+        compute it again for the others. Raises GenerationError for a prompt that cannot be asked.
+        """
+        places = self.layout(tokens)
+        visual = self._visual(tokens, places)
+        name = -1 - next(_IMAGES)
+        for prompt, limit in zip(prompts, max_new_tokens, strict=True):
+            halves = self._prompts.split(prompt)
+            shared = (*halves[0], *[name] * len(places))
+            yield self._request(halves, visual, places, limit, (), GREEDY, shared)
+
+    def text(self, completion: Completion) -> str:
+        """What an engine's answer says."""
+        return self._prompts.decode(completion.token_ids).strip()
 
     def generate(
         self,
@@ -155,22 +188,39 @@ class Generator:
     def _requests(self, rows: Sequence[_Row], layouts: dict[int, Layout]) -> Iterator[Request]:
         """The rows as the engine takes them, one by one; ``layouts`` gets each one's layout."""
         for row in rows:
-            layouts[row.index] = layout(row.tokens, self._patches_per_side, newlines=self._newlines)
-            yield self._request(row, layouts[row.index])
+            places = layouts[row.index] = self.layout(row.tokens)
+            visual = self._visual(row.tokens, places)
+            prefix, _ = row.prompt
+            yield self._request(
+                row.prompt, visual, places, row.max_new_tokens, row.stop, row.sampling, shared=prefix
+            )
 
     @torch.inference_mode()
-    def _request(self, row: _Row, places: Layout) -> Request:
-        prefix, suffix = row.prompt
-        features = self._projector(row.tokens.features.to(self._image_newline, non_blocking=True))
+    def _visual(self, tokens: VisualTokens, places: Layout) -> Tensor:
+        """The visual embeddings ``[m, d]``."""
+        features = self._projector(tokens.features.to(self._image_newline, non_blocking=True))
         source = Layout(places.source.to(features.device, non_blocking=True), places.slots, places.num_full)
-        visual = pack(source, features, self._image_newline)
+        return pack(source, features, self._image_newline)
+
+    @torch.inference_mode()
+    def _request(
+        self,
+        prompt: Halves,
+        visual: Tensor,
+        places: Layout,
+        max_new_tokens: int,
+        stop: tuple[str, ...],
+        sampling: Sampling,
+        shared: tuple[int, ...],
+    ) -> Request:
+        prefix, suffix = prompt
         return Request(
             torch.cat([self._embed(prefix), visual, self._embed(suffix)]),
             position_ids(len(prefix), places, len(suffix), self._positions),
-            row.max_new_tokens,
-            row.stop,
-            row.sampling,
-            shared_prefix=prefix,
+            max_new_tokens,
+            stop,
+            sampling,
+            shared_prefix=shared,
         )
 
     def _embed(self, token_ids: Sequence[int]) -> Tensor:
@@ -191,3 +241,9 @@ class Generator:
             visual_tokens_full=places.num_full,
             visual_tokens_kept=len(places),
         )
+
+
+def _check_packing(newlines: str, positions: str) -> None:
+    for option, value, known in (("newlines", newlines, Newlines), ("positions", positions, Positions)):
+        if value not in get_args(known):
+            raise ConfigurationError(f"{option} is {value!r}, use one of {', '.join(get_args(known))}")

@@ -189,12 +189,32 @@ def background(size: Size, noise: np.random.Generator) -> Image.Image:
     return Image.fromarray((tone + slope[..., None]).clip(0, 255).astype(np.uint8))
 
 
+PLACES = tuple((row, col) for row in range(3) for col in range(3))
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a scene is made of: how likely a chart is, how many signs and shapes, and where they may lie.
+
+    Numbers are a least and a most; what finds no room is left out.
+    """
+
+    chart: float = 0.3
+    signs: tuple[int, int] = (1, 3)
+    shapes: tuple[int, int] = (1, 4)
+    places: tuple[tuple[int, int], ...] = PLACES
+
+
+MIXED = Recipe()
+
+
 def paint(
     rng: random.Random,
     size: Size,
     *,
     text: Callable[[random.Random], str] = training_text,
     brush_type: type[LabelBrush] = Brush,
+    recipe: Recipe = MIXED,
 ) -> Scene:
     """A scene of the given size in pixels, of which ``rng`` decides everything.
 
@@ -204,14 +224,14 @@ def paint(
     canvas = best_canvas(size, PINPOINTS)
     unit = size.width / fit(size, canvas).width
     brush = brush_type(size, rng.getrandbits(48))
-    layout = _Layout(rng, size, unit, canvas)
+    layout = _Layout(rng, size, unit, canvas, recipe.places)
     things: list[Thing] = []
     tints = rng.sample(sorted(COLOURS), len(COLOURS))
-    if rng.random() < 0.3:
+    if rng.random() < recipe.chart:
         things += _paint_chart(brush, layout, rng, tints)
-    for _ in range(rng.randint(1, 3)):
+    for _ in range(rng.randint(*recipe.signs)):
         things += _paint_sign(brush, layout, rng, tints.pop(), text(rng))
-    for _ in range(rng.randint(1, 4)):
+    for _ in range(rng.randint(*recipe.shapes)):
         things += _paint_shape(brush, layout, rng)
     return Scene(brush.image, brush.labels, tuple(sorted(things, key=lambda thing: thing.place)))
 
@@ -228,11 +248,18 @@ def random_size(rng: random.Random) -> Size:
 
 
 class _Layout:
-    """Hands out free rectangles, one to each of the nine places."""
+    """Hands out free rectangles, one to each of the places."""
 
-    def __init__(self, rng: random.Random, size: Size, unit: float, canvas: Size) -> None:
+    def __init__(
+        self,
+        rng: random.Random,
+        size: Size,
+        unit: float,
+        canvas: Size,
+        places: tuple[tuple[int, int], ...] = PLACES,
+    ) -> None:
         self.rng, self.size, self.unit = rng, size, unit
-        self.free = [(row, col) for row in range(3) for col in range(3)]
+        self.free = list(places)
         rng.shuffle(self.free)
         self.taken: list[Rectangle] = []
         content = fit(size, canvas)

@@ -53,7 +53,8 @@ class Request:
     """One prompt: ``embeddings`` ``[n, d]`` and rising ``positions`` int64 ``[n]``, gaps allowed.
 
     ``shared_prefix`` holds the ids of the first tokens where many prompts begin alike: an engine may compute
-    them once. Their embeddings come first in ``embeddings`` all the same, at positions 0, 1, 2 and so on.
+    them once. Negative ones name what is no text, such as a certain image. Their embeddings come first in
+    ``embeddings`` all the same, and prompts that share them have the same positions there.
     Generation ends at an end-of-sequence token, once the text holds one of the ``stop`` strings, or after
     ``max_new_tokens``.
     """

@@ -219,7 +219,9 @@ def _adjacent(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
 def _mask(run: Sequence[Segment], num_keys: int, window: int | None, device: torch.device) -> Tensor | None:
     """Which keys each query of a run may see, None where no mask is needed."""
     within = window is None or num_keys <= window
-    if within and (len(run) == 1 or all(segment.num_after == num_keys for segment in run)):
+    # Few queries after many cached tokens are cheaper masked than with as many made-up ones before them.
+    is_suffix = run[0].num_new > 1 and num_keys > 2 * run[0].num_new
+    if within and not is_suffix and (len(run) == 1 or all(s.num_after == num_keys for s in run)):
         return None
     last = torch.tensor([segment.num_after - 1 for segment in run])[:, None, None, None]
     query = last - torch.arange(run[0].num_new - 1, -1, -1)[:, None]

@@ -22,6 +22,7 @@ class Sequence:
     def __init__(self, handle: int, request: Request, answer: Answer) -> None:
         self.handle, self.request, self.answer = handle, request, answer
         self.embeddings, self.positions = request.embeddings, request.positions
+        self.num_prompt = len(request)  # tokens that are given as embeddings
         self.last_position = int(request.positions[-1])
         self.num_cached = 0
         self.num_sampled = 0
@@ -31,11 +32,6 @@ class Sequence:
     def num_places(self) -> int:
         """Places in the KV cache of the prompt and the longest answer, whose last token needs none."""
         return len(self.request) + self.request.max_new_tokens - 1
-
-    @property
-    def num_prompt(self) -> int:
-        """Tokens that are given as embeddings."""
-        return len(self.embeddings)
 
     @property
     def is_decoding(self) -> bool:
@@ -79,4 +75,5 @@ class Sequence:
             after = int(self.request.positions[-1]) + 1 + torch.arange(len(ids))
             self.positions = torch.cat([self.request.positions, after])
             self.last_position = int(self.positions[-1])
+            self.num_prompt = len(self.embeddings)
         self.num_cached, self.num_sampled = 0, len(ids)

@@ -71,11 +71,21 @@ class Bootstrap:
 
         A draw for which it is no number (a precision where nobody says yes) is left out.
         """
-        measured = float(statistic(np.ones((1, len(self._group))))[0])
-        drawn = np.concatenate([statistic(weights) for weights in self._draws()])
+        return self.intervals([statistic], level=level)[0]
+
+    def intervals(self, statistics: Sequence[Statistic], *, level: float = 0.95) -> list[Interval]:
+        """The same of several statistics, all of the same draws, which are made once."""
+        as_they_are = np.ones((1, len(self._group)))
+        drawn: list[list[NDArray[np.float64]]] = [[] for _ in statistics]
+        for weights in self._draws():
+            for values, statistic in zip(drawn, statistics, strict=True):
+                values.append(statistic(weights))
         outside = (1 - level) / 2
-        low, high = np.nanquantile(drawn, [outside, 1 - outside])
-        return Interval(measured, float(low), float(high), level)
+        ends = [np.nanquantile(np.concatenate(values), [outside, 1 - outside]) for values in drawn]
+        return [
+            Interval(float(statistic(as_they_are)[0]), float(low), float(high), level)
+            for statistic, (low, high) in zip(statistics, ends, strict=True)
+        ]
 
     def difference(self, one: Statistic, other: Statistic, *, level: float = 0.95) -> Interval:
         """``one`` less ``other``, both of the same draws."""

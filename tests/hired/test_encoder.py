@@ -17,12 +17,14 @@ from torch import Tensor
 from transformers import CLIPVisionModel
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
+from hired import policies
 from hired.budget import Budget
 from hired.encoder import Encoder
 from hired.errors import ConfigurationError, ModelError
 from hired.geometry import Tiling
 from hired.partitioning import partition
 from hired.policies import Candidates, Policy
+from hired.policies.hired import Hired
 from hired.tower import _through
 from hired.types import Grid, Partitions, Size, VisualTokens
 from tests.pictures import picture
@@ -549,3 +551,24 @@ def test_a_gpu_keeps_the_same_tokens_through_compiled_layers(
     ):
         assert places(tokens) == places(others)
         assert np.allclose(tokens.features, others.features, atol=1e-2)
+
+
+@pytest.mark.parametrize("policy", [name for name in policies.names() if name != "cdpruner"])
+def test_many_choices_after_one_look_are_what_each_alone_would_be(
+    encoder: Encoder, images: list[Partitions], policy: str
+) -> None:
+    budgets = [Budget(rate=0.5), Budget(rate=0.1, alpha=0.25), Budget(tokens=7)]
+    choices = [(policies.get(policy), budget) for budget in budgets] + [(policies.get("hired"), budgets[0])]
+    for (own, budget), found in zip(choices, encoder.encode_each(images, choices), strict=True):
+        for one, other in zip(found, encoder.encode(images, budget=budget, policy=own), strict=True):
+            assert places(one) == places(other)
+            assert one.num_before == other.num_before
+            torch.testing.assert_close(one.features, other.features, rtol=2e-3, atol=2e-3)
+
+
+def test_a_choice_that_reads_a_layer_above_is_refused_after_one_look_too(
+    encoder: Encoder, images: list[Partitions]
+) -> None:
+    high = Hired(final_layer=encoder.feature_layer + 1)
+    with pytest.raises(ConfigurationError, match="none above it is run"):
+        encoder.encode_each(images, [(high, Budget(rate=0.5))])

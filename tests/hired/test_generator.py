@@ -134,3 +134,27 @@ def test_a_prompt_or_limit_too_few_is_a_configuration_error(
     rows = [image((0, 0)), image((0, 1))]
     with pytest.raises(ConfigurationError, match="2 images"):
         generator(FakeEngine(lambda request: []), prompts).generate(rows, questions, max_new_tokens=limits)
+
+
+def test_prompts_about_one_image_share_all_that_comes_before_their_text(prompts: PromptTemplate) -> None:
+    asked = generator(FakeEngine(lambda request: ()), prompts)
+    one, other = asked.requests(image((0, 0), (1, 2)), ["What?", "Where is it?"], max_new_tokens=[3, 5])
+    [third] = asked.requests(image((0, 0), (1, 2)), ["What?"], max_new_tokens=[3])
+    shared = len(one.shared_prefix)
+    assert one.shared_prefix == other.shared_prefix != third.shared_prefix
+    assert shared == len(prompts.split("What?")[0]) + len(asked.layout(image((0, 0), (1, 2))))
+    torch.testing.assert_close(one.embeddings[:shared], other.embeddings[:shared], rtol=0, atol=0)
+    assert one.positions[:shared].tolist() == other.positions[:shared].tolist()
+    assert [one.max_new_tokens, other.max_new_tokens] == [3, 5]
+
+
+def test_another_packing_leaves_the_generator_as_it_was(prompts: PromptTemplate) -> None:
+    tokens = image((0, 0), (1, 2))
+    original = generator(FakeEngine(lambda request: ()), prompts)
+    other = original.packing("none", "compact")
+    [one], [two] = (list(each.requests(tokens, ["What?"], max_new_tokens=[1])) for each in (original, other))
+    assert len(one) == len(two) + 1  # the newline
+    assert two.positions.tolist() == list(range(len(two)))
+    assert one.positions.tolist() != list(range(len(one)))
+    with pytest.raises(ConfigurationError, match="newlines is 'few'"):
+        original.packing("few", "compact")  # type: ignore[arg-type]

@@ -1,0 +1,225 @@
+"""Every arm's answer to every item, on Ray: chunks of pictures, each committed as a whole.
+
+A chunk is a file named after the pictures in it. What a killed run has left is gone on with; a run that would
+answer otherwise (another model, other arms, other questions) refuses the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+
+from hired import families
+from hired.engine import EngineOptions
+from hired.errors import ConfigurationError
+from hired.evaluation.answering import Respondent
+from hired.evaluation.arms import Arm
+from hired.evaluation.items import Picture
+from hired.evaluation.scoring import score
+from hired.partitioning import partition
+from pipeline.driving import Stop, stopped_by_signals
+from pipeline.evaluation.arms import described
+from pipeline.manifest import fingerprint
+from pipeline.storage import Store
+
+IDENTITY = "identity.json"
+# On CPUs: some hundred sequences of a small model, in memory that stays in use. GPUs take what is free.
+CPU_CACHE_BYTES = 512 * 2**20
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("task", pa.string()),
+        ("picture", pa.string()),
+        ("arm", pa.string()),
+        ("rate", pa.float64()),
+        ("answer", pa.string()),
+        ("score", pa.float64()),
+        ("tokens", pa.int32()),
+        ("newlines", pa.int32()),
+    ]
+)
+
+log = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):  # noqa: N818
+    """The run was asked to end, and can go on from where it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """What a worker loads, and how many of them there are."""
+
+    model: str
+    checkpoint: Path
+    device: str
+    dtype: str | None
+    threads: int
+    actors: int
+
+
+class Asker:
+    """Asks the questions about a chunk of pictures; one an actor."""
+
+    def __init__(self, worker: Worker, arms: Sequence[Arm]) -> None:
+        torch.set_num_threads(worker.threads)
+        cache = CPU_CACHE_BYTES if worker.device == "cpu" else None
+        encoder = families.load_encoder(worker.checkpoint, device=worker.device, dtype=worker.dtype)
+        generator = families.load_generator(
+            worker.checkpoint,
+            device=worker.device,
+            dtype=worker.dtype,
+            engine=EngineOptions(kv_cache_bytes=cache),
+        )
+        self._tiling = encoder.tiling
+        self._respondent = Respondent(encoder, generator)
+        self._arms = arms
+
+    def answers(self, pictures: Sequence[Picture]) -> pa.Table:
+        """One row an item and arm."""
+        seen = [(partition(picture.data, self._tiling), picture.items) for picture in pictures]
+        rows = [
+            {
+                "key": answer.item.key,
+                "task": answer.item.task,
+                "picture": answer.item.picture,
+                "arm": answer.arm.name,
+                "rate": answer.arm.budget.rate,
+                "answer": answer.text,
+                "score": score(answer.item.metric, answer.text, answer.item.answers),
+                "tokens": answer.num_tokens,
+                "newlines": answer.num_newlines,
+            }
+            for answer in self._respondent.answers(seen, self._arms)
+        ]
+        return pa.Table.from_pylist(rows, SCHEMA)
+
+
+def answer_all(
+    store: Store, worker: Worker, pictures: Sequence[Picture], arms: Sequence[Arm], chunk: int
+) -> pa.Table:
+    """All rows, in the order of pictures; computes what the store does not hold yet.
+
+    Raises ConfigurationError for a store whose answers were given otherwise, Interrupted after SIGTERM.
+    """
+    chunks = {
+        _name(first, some): some
+        for first in range(0, len(pictures), chunk)
+        for some in [pictures[first : first + chunk]]
+    }
+    owner = f"process {os.getpid()} on {socket.gethostname()}"
+    with store.lock(owner):
+        _check_identity(store, _identity(worker, arms))
+        missing = {name: some for name, some in chunks.items() if not store.exists(name)}
+        if missing:
+            _compute(store, worker, missing, arms)
+        return pa.concat_tables(_read(store, name) for name in chunks)
+
+
+def _compute(store: Store, worker: Worker, chunks: dict[str, Sequence[Picture]], arms: Sequence[Arm]) -> None:
+    connect()
+    started_s, done, total = time.perf_counter(), 0, sum(len(some) for some in chunks.values())
+    with stopped_by_signals() as stop:
+        for name, table in _computed(worker, chunks, arms, stop):
+            sink = pa.BufferOutputStream()
+            pq.write_table(table, sink, compression="zstd")
+            store.write(name, sink.getvalue().to_pybytes())
+            done += len(chunks[name])
+            passed_s = time.perf_counter() - started_s
+            log.info(
+                "%d of %d pictures, %.1f answers/s, %.0f minutes left",
+                done, total, table.num_rows / len(chunks[name]) * done / passed_s,
+                (total - done) * passed_s / done / 60,
+            )  # fmt: skip
+    if stop.requested:
+        raise Interrupted(f"{done} of {total} pictures are answered; the same command goes on")
+
+
+def _computed(
+    worker: Worker, chunks: dict[str, Sequence[Picture]], arms: Sequence[Arm], stop: Stop
+) -> Iterator[tuple[str, pa.Table]]:
+    """The chunks as they are answered; none is begun once a stop was asked for."""
+    actor_type = ray.remote(Asker).options(
+        num_cpus=min(worker.threads, ray.cluster_resources().get("CPU", 1) / worker.actors),
+        num_gpus=1 if worker.device.startswith("cuda") else 0,
+        max_restarts=2,
+        max_task_retries=2,
+    )
+    actors = [actor_type.remote(worker, arms) for _ in range(min(worker.actors, len(chunks)))]
+    waiting = iter(chunks.items())
+    running: dict[Any, tuple[str, Any]] = {}
+
+    def begin(actor: Any) -> None:
+        if not stop.requested and (pair := next(waiting, None)):
+            running[actor.answers.remote(list(pair[1]))] = (pair[0], actor)
+
+    try:
+        for actor in actors:
+            begin(actor)
+        while running:
+            [ready], _ = ray.wait(list(running))
+            name, actor = running.pop(ready)
+            begin(actor)
+            yield name, ray.get(ready)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names, else start one on this machine alone."""
+    if ray.is_initialized():
+        return
+    # Workers start elsewhere; let them find this package where the driver did, installed or not.
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    ray.init(address=os.environ.get("RAY_ADDRESS", "local"), include_dashboard=False)
+
+
+def _name(first: int, pictures: Sequence[Picture]) -> str:
+    """A chunk's file: another set of questions about the same pictures has another name."""
+    asked = [(item.key, item.question, item.answers, item.metric) for p in pictures for item in p.items]
+    data = b"".join(hashlib.sha256(picture.data).digest() for picture in pictures)
+    digest = hashlib.sha256(json.dumps(asked).encode() + data).hexdigest()[:12]
+    return f"chunk-{first:06d}-{len(pictures):03d}-{digest}.parquet"
+
+
+def _identity(worker: Worker, arms: Sequence[Arm]) -> dict[str, Any]:
+    return {
+        "model": fingerprint(worker.model, worker.checkpoint).sha256,
+        "dtype": worker.dtype or "auto",
+        "device": worker.device.partition(":")[0],
+        "arms": [described(arm) for arm in arms],
+    }
+
+
+def _check_identity(store: Store, identity: dict[str, Any]) -> None:
+    """Writes what the answers follow from, or compares it."""
+    if not store.exists(IDENTITY):
+        store.write(IDENTITY, (json.dumps(identity, indent=1) + "\n").encode())
+        return
+    before = json.loads(store.read(IDENTITY))
+    changed = [name for name in identity if before.get(name) != identity[name]]
+    if changed:
+        raise ConfigurationError(
+            f"the answers in {store.root} are of a run that differs in {', '.join(changed)}: name another "
+            "--work, or delete that folder"
+        )
+
+
+def _read(store: Store, name: str) -> pa.Table:
+    return pq.read_table(pa.BufferReader(store.read(name)))
