@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hired.engine import GREEDY, Completion, Engine, Event, Request, Sampling
 from hired.engine.shared import News, SharedEngine
-from hired.errors import ConfigurationError, GenerationError
+from hired.errors import ConfigurationError, GenerationError, PromptError
 from hired.packing import Layout, Newlines, Positions, interleaved_position_ids, layout, pack
 from hired.prompts import Conversation, PromptTemplate
 from hired.types import Caption, VisualTokens
@@ -187,7 +187,7 @@ class Generator:
         images = (images,) if isinstance(images, VisualTokens) else tuple(images)
         ids = self._prompts.split(prompt) if isinstance(prompt, str) else self._prompts.pieces(prompt)
         if len(ids) != len(images) + 1:
-            raise GenerationError(f"the prompt is about {len(ids) - 1} images, and {len(images)} were given")
+            raise PromptError(f"the prompt is about {len(ids) - 1} images, and {len(images)} were given")
         return _Row(index, images, ids, max_new_tokens, stop, sampling)
 
     def _piece(self, row: _Row, event: Event, layouts: dict[int, list[Layout]]) -> Piece:

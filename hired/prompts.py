@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import jinja2
 
-from hired.errors import ConfigurationError, GenerationError, ModelError
+from hired.errors import ConfigurationError, ModelError, PromptError
 
 Halves: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 Role: TypeAlias = Literal["system", "user", "assistant"]
@@ -44,7 +44,7 @@ class PromptTemplate:
     """Renders prompts through the checkpoint's own chat template.
 
     ``split(prompt)`` gives the token ids before the one image and after it, ``pieces(conversation)`` those
-    before, between and after all of its images; both raise GenerationError.
+    before, between and after all of its images; both raise PromptError.
 
     ``processor`` is transformers' processor of the checkpoint. Checkpoints without a chat template get
     LLaVA's first one, ``USER: <image>\\n{prompt} ASSISTANT:``.
@@ -78,7 +78,7 @@ class PromptTemplate:
     def pieces(self, conversation: Conversation) -> tuple[tuple[int, ...], ...]:
         """The token ids between the images: one piece more than there are images.
 
-        Raises GenerationError when a text smuggles in image tokens of its own, or when the template cannot
+        Raises PromptError when a text smuggles in image tokens of its own, or when the template cannot
         write this conversation.
         """
         if any(self._image_token in part for said in conversation for part in said.parts if part is not None):
@@ -86,14 +86,14 @@ class PromptTemplate:
         try:
             ids = self._token_ids(conversation)
         except jinja2.TemplateError as error:
-            raise GenerationError(
+            raise PromptError(
                 f"the checkpoint's chat template refuses this conversation ({error}); try one message of the "
                 "user alone"
             ) from error
         images = [place for place, token_id in enumerate(ids) if token_id == self._image_token_id]
         num_images = sum(message.num_images for message in conversation)
         if len(images) < num_images:
-            raise GenerationError(
+            raise PromptError(
                 "the checkpoint's chat template leaves out images of this conversation; put them into the "
                 "user's messages"
             )
@@ -106,8 +106,8 @@ class PromptTemplate:
         before, after = self.pieces(about_one_image(prompt))
         return before, after
 
-    def _smuggled(self) -> GenerationError:
-        return GenerationError(f"the prompt must not contain the model's image token {self._image_token!r}")
+    def _smuggled(self) -> PromptError:
+        return PromptError(f"the prompt must not contain the model's image token {self._image_token!r}")
 
     def _plainly(self, conversation: Conversation) -> str:
         """As LLaVA's first version wrote conversations: images before the text of their message."""

@@ -7,7 +7,6 @@ that it can say at any time how it is.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from hired.budget import Budget
 from hired.errors import ConfigurationError, EngineDeadError
 from hired.generator import Piece
 from hired.types import Caption, Partitions, VisualTokens
+from pipeline import metrics
 from pipeline.config import Config
 from pipeline.guard import is_fatal
 from pipeline.serve.backend import EngineLoad, ModelCard, Query
@@ -109,6 +109,7 @@ class EncodeWorker:
                 batch, self._waiting = self._waiting[:MAX_ENCODE_BATCH], self._waiting[MAX_ENCODE_BATCH:]
                 batch = [sight for sight in batch if not sight.tokens.done()]  # whose asker is still there
                 loop = asyncio.get_running_loop()
+                metrics.tell("hired_encode_batch_images", len(batch))
                 results = await loop.run_in_executor(self._threads, self._encoded, batch)
                 for sight, result in zip(batch, results, strict=True):
                     _answer(sight.tokens, result)
@@ -154,7 +155,7 @@ class GenerateWorker:
 
     def __init__(self, config: Config) -> None:
         self._generator = GenerateStage(config).generator
-        self.name = str(os.getpid())
+        self._name = metrics.worker()
 
     async def stream(
         self, query: Query, images: Sequence[VisualTokens], in_parts: bool = True
@@ -200,9 +201,9 @@ class GenerateWorker:
         """What the engine holds."""
         counts: Any = getattr(self._generator.engine, "counts", None)
         if counts is None:
-            return EngineLoad(self.name, 0, 0, 0, 0)
+            return EngineLoad(self._name, 0, 0, 0, 0)
         return EngineLoad(
-            self.name, counts.num_running, counts.num_waiting, counts.num_places_free, counts.num_places
+            self._name, counts.num_running, counts.num_waiting, counts.num_places_free, counts.num_places
         )
 
 
