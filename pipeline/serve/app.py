@@ -60,10 +60,12 @@ def create_app(
     *,
     source: ImageSource | None = None,
     admission: Admission | None = None,
+    sends_request_id: bool = True,
 ) -> FastAPI:
     """The application; ``backend`` does the work.
 
     ``source`` reads images and ``admission`` lets requests in; by default both are as the settings say.
+    ``sends_request_id`` is False where a proxy in front gives requests their ids and tells the client.
     """
     telemetry = Telemetry()
     app = FastAPI(
@@ -88,6 +90,7 @@ def create_app(
         keys=keys,
         telemetry=telemetry,
         admission=admission or Admission(settings.limits),
+        sends_request_id=sends_request_id,
         open_paths=frozenset(open_paths),
         routes=routes,
     )

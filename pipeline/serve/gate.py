@@ -35,6 +35,8 @@ request_id: ContextVar[str] = ContextVar("request_id", default="-")
 _GIVEN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 # Beyond the time that the application gives itself to answer.
 GRACE_S = 5.0
+# What the log and the metrics say of a client that did not wait for its answer; nobody gets it.
+CLIENT_CLOSED = 499
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ class Gate:
         keys: Keys,
         telemetry: Telemetry,
         admission: Admission,
+        sends_request_id: bool,
         open_paths: frozenset[str],
         routes: frozenset[str],
     ) -> None:
@@ -112,6 +115,7 @@ class Gate:
         self._open_paths = open_paths
         self._routes = routes
         self._admission = admission
+        self._sends_request_id = sends_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -127,7 +131,7 @@ class Gate:
         id = given.decode() if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
         request_id.set(id)
         scope.setdefault("state", {})["request_id"] = id
-        answer = _Answer(send, id)
+        answer = _Answer(send, id if self._sends_request_id else None)
         started_s = time.perf_counter()
         self._telemetry.began()
         try:
@@ -137,8 +141,9 @@ class Gate:
         finally:
             seconds = time.perf_counter() - started_s
             route = head.path if head.path in self._routes else "other"
-            self._telemetry.ended(route, answer.status, seconds)
-            log.info("%s %s %s %d %.3f s", id, head.method, route, answer.status, seconds)
+            status = answer.status or CLIENT_CLOSED
+            self._telemetry.ended(route, status, seconds)
+            log.info("%s %s %s %d %.3f s", id, head.method, route, status, seconds)
 
     async def _checked(self, head: _Head, scope: Scope, receive: Receive, answer: _Answer) -> None:
         self._check_host(head)
@@ -179,7 +184,7 @@ class Gate:
     async def _refuse(self, error: ApiError, answer: _Answer) -> None:
         """Tells the client, if it has not been told anything yet."""
         self._telemetry.failed(error)
-        if answer.status != _Answer.NONE:
+        if answer.status:
             return
         body = json.dumps(error.body).encode()
         headers = {"content-type": "application/json", "content-length": str(len(body))} | dict(error.headers)
@@ -196,19 +201,20 @@ class Gate:
 class _Answer:
     """Sends the answer with the headers that every one has, and remembers its status."""
 
-    NONE = 0
-
-    def __init__(self, send: Send, id: str) -> None:
+    def __init__(self, send: Send, id: str | None) -> None:
         self._send = send
-        self._headers = [(b"x-request-id", id.encode()), (b"x-content-type-options", b"nosniff")]
-        self.status = self.NONE
+        self._headers = [(b"x-content-type-options", b"nosniff")]
+        if id is not None:
+            self._headers.append((b"x-request-id", id.encode()))
+        self.status = 0
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            headers = [*message.get("headers", ()), *self._headers]
-            if not any(name.lower() == b"cache-control" for name, _ in headers):
-                headers.append((b"cache-control", b"no-store"))
+            headers = list(message.get("headers", ()))
+            names = {name.lower() for name, _ in headers}
+            own = [*self._headers, (b"cache-control", b"no-store")]
+            headers += [(name, value) for name, value in own if name not in names]
             message = {**message, "headers": headers}
         await self._send(message)
 
