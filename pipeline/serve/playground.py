@@ -7,6 +7,7 @@ partitions are remembered, so that moving the budget costs an encoding and no de
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import io
@@ -15,7 +16,6 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from typing import Literal
 
 import numpy as np
 from fastapi import APIRouter
@@ -30,8 +30,10 @@ from hired.errors import ConfigurationError
 from hired.geometry import real_patches
 from hired.packing import Newlines, layout
 from hired.types import Partitions, VisualTokens
-from pipeline.config import TokenBudget, Tree
 from pipeline.serve.backend import Backend, ModelCard
+from pipeline.serve.errors import invalid, of_image
+from pipeline.serve.images import ImageSource
+from pipeline.serve.requests import Body, HiredOptions, ImageUrl
 from pipeline.serve.settings import Settings
 
 # What the page is made of: no other file can be asked for.
@@ -46,16 +48,13 @@ HEADERS = {
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
-    "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",  # a browser asks again after an update of the endpoint
 }
 # Partitions of a LLaVA-NeXT image take 1.7 MB.
 REMEMBERED = 8
 USUAL_RATE = 0.2
-EMBEDDED = (
-    "The model that ships knows painted scenes such as the example. Its words about photographs mean nothing."
-)
+EMBEDDED = "It knows painted scenes such as the example; its words about photographs mean nothing."
 QUALITY = 88
 
 
@@ -130,34 +129,19 @@ class Sight(BaseModel):
     attention: list[AttentionView]
 
 
-class ImageUrl(Tree):
-    url: str
-    detail: Literal["auto", "low", "high"] = "auto"
-
-
-class HiredOptions(Tree):
-    token_budget: TokenBudget | None = None
-    policy: str | None = None
-    alpha: float | None = None
-
-
-def _image(url: str) -> bytes:
-    return base64.b64decode(url.partition(",")[2])
-
-
-class LookRequest(Tree):
+class LookRequest(Body):
     """A picture as in a chat request's image part, and how much of it to keep."""
 
     image_url: ImageUrl
-    hired: HiredOptions = HiredOptions()
-    layers: tuple[int, ...] = Field((), max_length=64, description="layers whose attention to show, from 0")
+    hired: HiredOptions | None = None
+    layers: list[int] = Field([], max_length=64, description="layers whose attention to show, counted from 0")
     pictures: bool = Field(True, description="whether to return the partitions' pixels")
 
 
-def router(backend: Backend, settings: Settings) -> APIRouter:
-    """The page's routes; ``backend`` sees, within the limits of ``settings``."""
-    routes = APIRouter()
-    recent = RecentPartitions()
+def router(backend: Backend, settings: Settings, source: ImageSource | None = None) -> APIRouter:
+    """The page's routes; ``backend`` sees what ``source`` reads, within the limits of ``settings``."""
+    routes = APIRouter(tags=["playground"])
+    looker = Looker(backend, settings, source or ImageSource(settings))
 
     routes.add_api_route("/", _file("index.html", "text/html; charset=utf-8"), include_in_schema=False)
     for name, media_type in MEDIA_TYPES.items():
@@ -172,18 +156,52 @@ def router(backend: Backend, settings: Settings) -> APIRouter:
     @routes.post("/playground/look")
     async def look(request: LookRequest) -> Sight:
         """Which tokens of a picture remain, and what CLS attends to."""
-        image = _image(request.image_url.url)
-        own = request.hired
-        budget = settings.budget(request.image_url.detail, own.token_budget, own.alpha)
-        partitions = await recent.of(image, backend.partition)
-        tokens = await backend.encode(partitions, budget, own.policy or settings.policy)
-        attention = await backend.attention(partitions, request.layers) if request.layers else {}
-        card = await backend.card()
-        return await run_in_threadpool(
-            _sight, partitions, tokens, attention, card, settings.newlines, request.pictures
-        )
+        async with asyncio.timeout(settings.limits.request_s):
+            return await looker.look(request)
 
     return routes
+
+
+class Looker:
+    """Sees pictures as a chat request would, and tells what it saw."""
+
+    def __init__(self, backend: Backend, settings: Settings, source: ImageSource) -> None:
+        self._backend = backend
+        self._settings = settings
+        self._source = source
+        self._recent = RecentPartitions()
+
+    async def look(self, request: LookRequest) -> Sight:
+        """Raises ApiError for what is wrong with the request."""
+        hired = request.hired or HiredOptions()
+        policy = self._settings.policy if hired.policy is None else hired.policy
+        if policy not in self._settings.allowed_policies:
+            raise invalid(
+                f"this server has the policies {', '.join(self._settings.allowed_policies)}", "hired.policy"
+            )
+        try:
+            detail = request.image_url.detail or "auto"
+            budget = self._settings.budget(detail, hired.token_budget, hired.alpha)
+        except ConfigurationError as error:
+            raise invalid(str(error), "hired.token_budget") from error
+        card = await self._backend.card()
+        if not all(0 <= layer < card.num_layers for layer in request.layers):
+            raise invalid(f"this model has the layers 0 to {card.num_layers - 1}", "layers")
+        partitions = await self._partitions(request.image_url.url)
+        tokens = await self._backend.encode(partitions, budget, policy)
+        attention = await self._backend.attention(partitions, request.layers) if request.layers else {}
+        return await run_in_threadpool(
+            sight, partitions, tokens, attention, card, self._settings.newlines, request.pictures
+        )
+
+    async def _partitions(self, url: str) -> Partitions:
+        try:
+            return await self._recent.of(await self._source.read(url), self._backend.partition)
+        except Exception as error:
+            explained = of_image(error, "image_url")
+            if explained is None:
+                raise
+            raise explained from error
 
 
 class RecentPartitions:
@@ -249,7 +267,7 @@ def _choices(names: Sequence[str]) -> list[PolicyChoice]:
     return choices
 
 
-def _sight(
+def sight(
     partitions: Partitions,
     tokens: VisualTokens,
     attention: Mapping[int, NDArray[np.float32]],
@@ -257,6 +275,7 @@ def _sight(
     newlines: Newlines,
     pictures: bool,
 ) -> Sight:
+    """What remains of an image, and the ``attention`` ``[k + 1, patches]`` of the layers in it."""
     patches = card.patches_per_side
     places = layout(tokens, patches, newlines=newlines)
     real = real_patches(partitions.original_size, partitions.grid, patches).numpy()

@@ -7,6 +7,7 @@ const HEAT = Array.from({ length: 256 }, (_, value) => heat(value / 255));
 const DIMMED = 0.36, TINT = [40, 44, 58]; // dropped patches: little light, no colour
 const DRAWN_SIDE = 576; // pixels of a partition's canvas at least, so that edges of patches stay sharp
 const DEBOUNCE_MS = 60;
+const EXAMPLE_PROMPT = "What does the purple sign say?";
 
 const state = {
   options: null, // what the server offers
@@ -19,7 +20,13 @@ const state = {
   answering: null, // AbortController of the answer in flight
 };
 
-class Refusal extends Error {}
+/** What the server or this page has to say against a request; the server may ask to wait. */
+class Refusal extends Error {
+  constructor(message, waitS = 0) {
+    super(waitS ? `${message.replace(/[^.]$/, "$&.")} Try again in ${waitS} s.` : message);
+    this.waitS = waitS;
+  }
+}
 
 // Requests
 
@@ -39,35 +46,32 @@ async function request(path, { body, signal } = {}) {
     throw new Refusal("The server cannot be reached. Check that it runs, then try again.");
   }
   if (response.ok) return response;
-  if (response.status === 401) askForKey();
-  throw new Refusal(await reason(response));
-}
-
-/** The server's own words; they name what is wrong and how to mend it. */
-async function reason(response) {
-  const { error } = await response.json().catch(() => ({}));
+  if (response.status === 401) {
+    askForKey();
+    throw new Refusal(key ? "This server does not know that API key." : "This server asks for an API key: write it into the field.");
+  }
+  const { error } = await response.json().catch(() => ({})); // its own words name what is wrong and the mend
   const message = error?.message ?? `The server answered with status ${response.status}.`;
-  const wait = response.headers.get("Retry-After");
-  return wait ? `${message} Try again in ${wait} s.` : message;
+  throw new Refusal(message, Number(response.headers.get("Retry-After") ?? 0));
 }
 
 /** The JSON of each event of a stream, until it ends as it should. */
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let text = "";
+  let text = "", ended = false;
   for (;;) {
     const { value, done } = await reader.read().catch((error) => {
       if (error.name === "AbortError") throw error;
       return { done: true };
     });
+    if (done && ended) return;
     if (done) throw new Refusal("The connection broke off before the answer ended. Try again.");
     const lines = (text + value).split(/\r?\n/);
     text = lines.pop();
     for (const line of lines) {
-      if (!line.startsWith("data:")) continue;
-      const data = line.slice(5).trim();
-      if (data === "[DONE]") return;
-      yield JSON.parse(data);
+      const data = line.startsWith("data:") ? line.slice(5).trim() : "";
+      if (data === "[DONE]") ended = true;
+      else if (data) yield JSON.parse(data);
     }
   }
 }
@@ -99,13 +103,24 @@ function failed(error) {
 // The settings
 
 const rate = () => Number($("budget").value) / 100;
-const hired = () => ({ token_budget: rate(), policy: $("policy").value, alpha: Number($("alpha").value) });
+const hired = () => ({ token_budget: budget(), policy: $("policy").value, alpha: Number($("alpha").value) });
+
+/** The rate, or where the server bounds the number of tokens, theirs; of a picture not seen yet the most. */
+function budget() {
+  const most = state.options.most_tokens;
+  if (most === null) return rate();
+  return state.sight ? Math.max(2, tokens()) : most;
+}
+
+/** How many patches of the picture may remain. */
+function tokens() {
+  const { full } = state.sight.patches;
+  return Math.max(1, Math.min(state.options.most_tokens ?? full, Math.floor(rate() * full + 1e-9)));
+}
 
 function showSettings() {
   const percent = `${$("budget").value} %`;
-  const patches = state.sight?.patches;
-  const tokens = patches && Math.min(patches.full, Math.max(1, Math.floor(rate() * patches.full + 1e-9)));
-  const text = patches ? `${percent}, ${number(tokens)} tokens` : percent;
+  const text = state.sight ? `${percent}, ${number(tokens())} tokens` : percent;
   $("budget-value").textContent = text;
   $("budget").setAttribute("aria-valuetext", text);
   $("alpha-value").textContent = Number($("alpha").value).toFixed(2);
@@ -124,9 +139,12 @@ async function readOptions() {
   $("budget").value = Math.round(options.rate * 100);
   $("alpha").value = options.alpha;
   $("max-tokens").max = options.max_tokens;
-  const roles = { [options.feature_layer]: "chooses the patches", 0: "shares the budget out" };
+  $("max-tokens").value = Math.min($("max-tokens").value, options.max_tokens);
+  const keepsAll = options.most_tokens === null && options.highest_rate === 1;
+  $("compare-field").hidden = !(keepsAll && options.policies.some(({ name }) => name === "keep-all"));
+  const roles = { [options.feature_layer]: "hired selects by it", 0: "hired shares the budget by it" };
   $("layer").replaceChildren(
-    ...Array.from({ length: options.num_layers }, (_, layer) => new Option(roles[layer] ? `${layer}, ${roles[layer]}` : `${layer}`, layer)),
+    ...Array.from({ length: options.num_layers }, (_, layer) => new Option(roles[layer] ? `${layer} (${roles[layer]})` : `${layer}`, layer)),
   );
   $("layer").value = options.feature_layer;
   showSettings();
@@ -141,7 +159,8 @@ async function ready() {
 
 const asDataUri = (file) => new Promise((resolve, reject) => {
   const reader = new FileReader();
-  reader.onload = () => resolve(reader.result);
+  // A type that the browser does not know says nothing about the file: the server looks into it.
+  reader.onload = () => resolve(file.type.startsWith("image/") ? reader.result : reader.result.replace(/^data:[^,]*/, "data:;base64"));
   reader.onerror = () => reject(new Refusal(`${file.name} cannot be read. Choose it again.`));
   reader.readAsDataURL(file);
 });
@@ -199,6 +218,7 @@ async function look() {
     for (const { layer, maps } of sight.attention) state.attention.set(layer, maps);
     if (!state.sight) await layOut(sight);
     if (state.looking !== controller) return;
+    if (!state.sight && state.options.most_tokens !== null) state.stale = true; // now its tokens are known
     state.sight = sight;
     showSettings();
     showTotals();
@@ -208,6 +228,7 @@ async function look() {
     if (state.looking === controller && !state.sight) forgetTiles();
     failed(error);
     state.stale = false; // the same would fail the same way
+    if (error.waitS) timer = setTimeout(look, 1000 * error.waitS);
   } finally {
     if (state.looking === controller) {
       state.looking = null;
@@ -288,6 +309,7 @@ function draw() {
   $("legend-attention").hidden = !showsAttention();
   if (!state.sight || (showsAttention() && !maps)) return;
   state.tiles.forEach((tile, index) => drawTile(tile, index, maps?.[index]));
+  $("seen").dataset.shows = maps ? `attention ${layer}` : "kept";
 }
 
 function drawTile({ figure, canvas, lit, dim }, index, attention) {
@@ -513,6 +535,7 @@ $("file").addEventListener("change", () => {
 $("example").addEventListener("click", async () => {
   try {
     const bytes = await (await request("playground/example.webp")).blob();
+    if ($("prompt").value === $("prompt").defaultValue) $("prompt").value = EXAMPLE_PROMPT;
     choose(new File([bytes], "example.webp", { type: "image/webp" }));
   } catch (error) {
     failed(error);
