@@ -54,7 +54,7 @@ HEADERS = {
 # Partitions of a LLaVA-NeXT image take 1.7 MB.
 REMEMBERED = 8
 USUAL_RATE = 0.2
-EMBEDDED = "It knows painted scenes such as the example; its words about photographs mean nothing."
+EMBEDDED = "This model knows painted scenes only: its words about photographs mean nothing."
 QUALITY = 88
 
 
@@ -188,7 +188,10 @@ class Looker:
         if not all(0 <= layer < card.num_layers for layer in request.layers):
             raise invalid(f"this model has the layers 0 to {card.num_layers - 1}", "layers")
         partitions = await self._partitions(request.image_url.url)
-        tokens = await self._backend.encode(partitions, budget, policy)
+        try:
+            tokens = await self._backend.encode(partitions, budget, policy)
+        except ConfigurationError as error:  # a policy that is made in Python only
+            raise invalid(str(error), "hired.policy") from error
         attention = await self._backend.attention(partitions, request.layers) if request.layers else {}
         return await run_in_threadpool(
             sight, partitions, tokens, attention, card, self._settings.newlines, request.pictures

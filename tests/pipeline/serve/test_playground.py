@@ -161,6 +161,12 @@ def test_an_unknown_policy_is_refused_with_those_that_are_known(client: TestClie
     assert "divprune" in error["message"]
 
 
+def test_a_policy_that_cannot_be_had_by_its_name_is_refused_with_the_reason(client: TestClient) -> None:
+    error = refusal(client, body(hired={"policy": "cdpruner"}))
+    assert error["param"] == "hired.policy"
+    assert "text tower" in error["message"]
+
+
 def test_what_is_no_picture_is_refused_by_the_name_of_its_part(client: TestClient) -> None:
     error = refusal(client, body((SCENES / "broken-no-picture.jpg").read_bytes()))
     assert error["param"] == "image_url"

@@ -224,6 +224,20 @@ def test_a_dropped_picture_is_cut_up_and_a_smaller_budget_lights_fewer_of_its_to
     assert page.refused == []
 
 
+def test_a_picture_can_be_pasted(page: Visit, red: Path) -> None:
+    page.page.evaluate(
+        """(data) => {
+          const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
+          const clipboardData = new DataTransfer();
+          clipboardData.items.add(new File([bytes], "image.png", {type: "image/png"}));
+          document.dispatchEvent(new ClipboardEvent("paste", {clipboardData, bubbles: true}));
+        }""",
+        base64.b64encode(red.read_bytes()).decode(),
+    )
+    expect(page.page.locator("figure[data-kept]")).to_have_count(5)
+    assert page.refused == []
+
+
 def test_the_answer_streams_in_and_is_the_one_that_the_endpoint_gives(page: Visit) -> None:
     scene = SCENES / "scene-008.jpg"
     page.show(scene)
@@ -312,7 +326,7 @@ def test_the_attention_of_a_layer_is_laid_over_the_partitions(page: Visit) -> No
 
 def test_everything_can_be_done_with_the_keyboard(page: Visit) -> None:
     keyboard = page.page.keyboard
-    page.page.get_by_role("button", name="Try the example").focus()
+    page.page.get_by_role("button", name="Example picture").focus()
     keyboard.press("Enter")
     expect(page.page.locator("figure[data-kept]").first).to_be_visible()
     keyboard.press("Tab")
