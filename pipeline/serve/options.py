@@ -89,13 +89,26 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+PAGE = """# Settings of the endpoint
+
+Every setting is a flag of `jobs/serve.py`, a key of the YAML file given by `--config`, and a key of `args` in
+`serve.yaml`. Flags override the file, the file overrides the defaults, and an unknown key is an error. Beside
+them `jobs/serve.py` takes `--host` (127.0.0.1) and `--port` (8000). `make docs` writes this page, from
+`pipeline/serve/settings.py`; what the endpoint does with them is told in [serving.md](serving.md).
+
+A token budget with a decimal point is a rate of the image's tokens, one without is a number of tokens.
+CPUs, GPUs and threads that are `none` are settled from the machine or cluster when the endpoint starts.
+
+"""
+
+
 def reference() -> str:
-    """The documentation of every setting, a table of Markdown."""
+    """The documentation of every setting, a page of Markdown."""
     rows = [
         f"| `{flag(name)}` | `{name}` | {_default(field)} | {_meaning(field)} |"
         for name, field in leaves(Settings)
     ]
-    return "\n".join(["| flag | YAML key | default | meaning |", "|---|---|---|---|", *rows])
+    return PAGE + "\n".join(["| flag | YAML key | default | meaning |", "|---|---|---|---|", *rows])
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What the endpoint serves and within which limits: flags of ``jobs/serve.py``, ``args`` in ``serve.yaml``.
 
-``python -m pipeline.serve.settings`` prints the documentation.
+``python -m pipeline.serve.options`` prints the documentation.
 """
 
 from __future__ import annotations
@@ -87,8 +87,12 @@ class Settings(Tree):
     high_token_budget: TokenBudget = Field(0.5, description="the same for detail high")
     max_token_budget: TokenBudget = Field(1.0, description="the most that a request may ask for itself")
     alpha: float = Field(0.5, ge=0, le=1, description="the full-image's share, unless a request says else")
-    newlines: Literal["rows", "all", "none"] = Field("rows", description="as in jobs/caption_corpus.py")
-    positions: Literal["original", "compact"] = Field("original", description="as in jobs/caption_corpus.py")
+    newlines: Literal["rows", "all", "none"] = Field(
+        "rows", description="newline embeddings after canvas rows that keep a token, after all, after none"
+    )
+    positions: Literal["original", "compact"] = Field(
+        "original", description="position ids of kept tokens: as in the full sequence, or closed up"
+    )
     default_max_tokens: int = Field(256, gt=0, description="tokens of an answer whose request says nothing")
 
     max_pixels: int = Field(75_000_000, gt=0, description="of one image; larger ones are not decoded")

@@ -340,7 +340,7 @@ def kill(process: int) -> None:
 
 def test_it_lets_what_is_begun_end_when_it_is_asked_to(served: Served) -> None:
     """Last in this module: afterwards nobody answers."""
-    body = asked(*[PICTURE] * 8, max_tokens=64, stream=True, hired={"policy": "keep-all"})
+    body = asked(*[PICTURE] * 5, max_tokens=64, stream=True, hired={"policy": "keep-all"})
     with ThreadPoolExecutor(1) as threads, served.client() as client:
         inside = threads.submit(client.post, "/v1/chat/completions", json=body)
         until(lambda: not is_idle(client))
