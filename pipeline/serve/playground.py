@@ -39,6 +39,8 @@ from pipeline.serve.settings import Settings
 # What the page is made of: no other file can be asked for.
 MEDIA_TYPES = {
     "playground.js": "text/javascript; charset=utf-8",
+    "partitions.js": "text/javascript; charset=utf-8",
+    "requests.js": "text/javascript; charset=utf-8",
     "playground.css": "text/css; charset=utf-8",
     "icon.svg": "image/svg+xml",
     "example.webp": "image/webp",

@@ -1,11 +1,10 @@
-// The playground's page. It knows two routes: playground/look says which tokens of a picture remain, and
-// v1/chat/completions answers, as it does for everybody. Addresses are relative, so a proxy may add a path.
+// The playground's page: playground/look says which tokens of a picture remain, and v1/chat/completions
+// answers, as it does for everybody.
+
+import { drawTile, makeTile } from "./partitions.js";
+import { events, KeyRefusal, Refusal, request } from "./requests.js";
 
 const $ = (id) => document.getElementById(id);
-const STOPS = [[22, 11, 57], [106, 23, 110], [188, 55, 84], [243, 120, 25], [252, 255, 164]];
-const HEAT = Array.from({ length: 256 }, (_, value) => heat(value / 255));
-const DIMMED = 0.36, TINT = [40, 44, 58]; // dropped patches: little light, no colour
-const DRAWN_SIDE = 576; // pixels of a partition's canvas at least, so that edges of patches stay sharp
 const DEBOUNCE_MS = 60;
 const EXAMPLE_PROMPT = "What does the purple sign say?";
 
@@ -20,67 +19,6 @@ const state = {
   answering: null, // AbortController of the answer in flight
 };
 
-/** What the server or this page has to say against a request; the server may ask to wait. */
-class Refusal extends Error {
-  constructor(message, waitS = 0) {
-    super(waitS ? `${message.replace(/[^.]$/, "$&.")} Try again in ${waitS} s.` : message);
-    this.waitS = waitS;
-  }
-}
-
-// Requests
-
-/** JSON as the server reads it: JavaScript writes 1.0 as 1, which would be one token and not all. */
-const wire = (body) => JSON.stringify(body).replace('"token_budget":1,', '"token_budget":1.0,');
-
-async function request(path, { body, signal } = {}) {
-  const headers = {};
-  const key = $("key").value.trim();
-  if (key) headers.Authorization = `Bearer ${key}`;
-  if (body) headers["Content-Type"] = "application/json";
-  let response;
-  try {
-    response = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && wire(body), signal });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Refusal("The server cannot be reached. Check that it runs, then try again.");
-  }
-  if (response.ok) return response;
-  if (response.status === 401) {
-    askForKey();
-    throw new Refusal(key ? "This server does not know that API key." : "This server asks for an API key: write it into the field.");
-  }
-  const { error } = await response.json().catch(() => ({})); // its own words name what is wrong and the mend
-  const message = error?.message ?? `The server answered with status ${response.status}.`;
-  throw new Refusal(message, Number(response.headers.get("Retry-After") ?? 0));
-}
-
-/** The JSON of each event of a stream, until it ends as it should. */
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let text = "", ended = false;
-  for (;;) {
-    const { value, done } = await reader.read().catch((error) => {
-      if (error.name === "AbortError") throw error;
-      return { done: true };
-    });
-    if (done && ended) return;
-    if (done) throw new Refusal("The connection broke off before the answer ended. Try again.");
-    const lines = (text + value).split(/\r?\n/);
-    text = lines.pop();
-    for (const line of lines) {
-      const data = line.startsWith("data:") ? line.slice(5).trim() : "";
-      if (data === "[DONE]") ended = true;
-      else if (data) yield JSON.parse(data);
-    }
-  }
-}
-
-function askForKey() {
-  $("key-field").hidden = false;
-  $("key").focus();
-}
-
 // What is told
 
 function complain(message) {
@@ -92,10 +30,15 @@ function complain(message) {
 
 const calm = () => $("error").replaceChildren();
 const say = (message) => { $("status").textContent = message; };
+const key = () => $("key").value.trim();
 const number = (value) => value.toLocaleString("en");
 
 function failed(error) {
   if (error.name === "AbortError") return;
+  if (error instanceof KeyRefusal) {
+    $("key-field").hidden = false;
+    $("key").focus();
+  }
   complain(error instanceof Refusal ? error.message : `This page failed: ${error.message}. Reload it.`);
   if (!(error instanceof Refusal)) throw error;
 }
@@ -129,7 +72,7 @@ function showSettings() {
 }
 
 async function readOptions() {
-  const options = await (await request("playground/options")).json();
+  const options = await (await request("playground/options", { key: key() })).json();
   state.options = options;
   $("model").textContent = `Model: ${options.model}`;
   $("model-hint").textContent = options.note;
@@ -178,7 +121,7 @@ async function choose(file) {
     return;
   }
   state.looking?.abort();
-  state.looking = state.sight = null;
+  state.looking = state.sight = null; // what it still brings is of another picture
   state.attention.clear();
   showSettings();
   $("picture-name").textContent = state.picture.name;
@@ -206,6 +149,7 @@ async function look() {
     return;
   }
   const controller = (state.looking = new AbortController());
+  const isCurrent = () => state.looking === controller;
   state.stale = false;
   $("seen").setAttribute("aria-busy", "true");
   const layer = Number($("layer").value);
@@ -213,29 +157,37 @@ async function look() {
   try {
     await ready();
     const body = { image_url: { url: state.picture.uri }, hired: hired(), layers, pictures: !state.sight };
-    const response = await request("playground/look", { body, signal: controller.signal });
+    const response = await request("playground/look", { key: key(), body, signal: controller.signal });
     const sight = await response.json();
-    for (const { layer, maps } of sight.attention) state.attention.set(layer, maps);
-    if (!state.sight) await layOut(sight);
-    if (state.looking !== controller) return;
-    if (!state.sight && state.options.most_tokens !== null) state.stale = true; // now its tokens are known
-    state.sight = sight;
-    showSettings();
-    showTotals();
-    draw();
-    calm();
+    const tiles = body.pictures ? await makeTiles(sight) : state.tiles;
+    if (isCurrent()) take(sight, tiles);
   } catch (error) {
-    if (state.looking === controller && !state.sight) forgetTiles();
-    failed(error);
-    state.stale = false; // the same would fail the same way
-    if (error.waitS) timer = setTimeout(look, 1000 * error.waitS);
+    if (isCurrent()) giveUp(error);
   } finally {
-    if (state.looking === controller) {
+    if (isCurrent()) {
       state.looking = null;
       $("seen").setAttribute("aria-busy", "false");
       if (state.stale) look();
     }
   }
+}
+
+function take(sight, tiles) {
+  if (!state.sight && state.options.most_tokens !== null) state.stale = true; // now its tokens are known
+  if (tiles !== state.tiles) layOut(tiles, sight.grid);
+  for (const { layer, maps } of sight.attention) state.attention.set(layer, maps);
+  state.sight = sight;
+  showSettings();
+  showTotals();
+  draw();
+  calm();
+}
+
+function giveUp(error) {
+  if (!state.sight) forgetTiles();
+  state.stale = false; // the same would fail the same way
+  if (error.waitS) timer = setTimeout(look, 1000 * error.waitS);
+  failed(error);
 }
 
 const showsAttention = () => document.querySelector('input[name="view"]:checked').value === "attention";
@@ -253,52 +205,16 @@ function showTotals() {
 
 // Drawing
 
-/** A tile for each partition, its pixels in colour and dimmed. */
-async function layOut(sight) {
-  const tiles = await Promise.all(sight.partitions.map(({ picture }, index) => tile(picture, index, sight)));
+const makeTiles = ({ partitions, side }) => Promise.all(partitions.map(({ picture }, index) => makeTile(picture, index, side)));
+
+/** The tiles where the partitions lie on the canvas. */
+function layOut(tiles, { rows, cols }) {
   state.tiles = tiles;
-  $("stage").style.setProperty("--cols", sight.grid.cols);
-  $("stage").dataset.rows = sight.grid.rows;
+  $("stage").style.setProperty("--cols", cols);
+  $("stage").dataset.rows = rows;
   const [fullImage, ...subImages] = tiles.map(({ figure }) => figure);
   $("full-image").replaceChildren(fullImage);
   $("sub-images").replaceChildren(...subImages);
-}
-
-async function tile(picture, index, { side }) {
-  const image = new Image();
-  image.src = picture;
-  await image.decode();
-  const scale = Math.ceil(DRAWN_SIDE / side);
-  const lit = sheet(side * scale);
-  const pen = lit.getContext("2d", { willReadFrequently: true });
-  pen.drawImage(image, 0, 0, lit.width, lit.height);
-  const dim = sheet(lit.width);
-  dim.getContext("2d").putImageData(dimmed(pen.getImageData(0, 0, lit.width, lit.height)), 0, 0);
-  const figure = $("tile").content.firstElementChild.cloneNode(true);
-  const canvas = figure.querySelector("canvas");
-  canvas.width = canvas.height = lit.width;
-  figure.querySelector(".name").append(...(index ? [prefix(), `${index}`] : ["Full-image"]));
-  return { figure, canvas, lit, dim };
-}
-
-/** What a narrow tile leaves out. */
-const prefix = () => Object.assign(document.createElement("span"), { textContent: "Sub-image " });
-const nameOf = (index) => (index ? `Sub-image ${index}` : "Full-image");
-const sheet = (side) => Object.assign(document.createElement("canvas"), { width: side, height: side });
-
-function dimmed(pixels) {
-  const { data } = pixels;
-  for (let at = 0; at < data.length; at += 4) {
-    const light = (0.3 * data[at] + 0.59 * data[at + 1] + 0.11 * data[at + 2]) * DIMMED;
-    for (let channel = 0; channel < 3; channel++) data[at + channel] = light + (1 - DIMMED) * TINT[channel] * 0.6;
-  }
-  return pixels;
-}
-
-function heat(share) {
-  const place = share * (STOPS.length - 1);
-  const first = Math.min(Math.floor(place), STOPS.length - 2);
-  return `rgb(${STOPS[first].map((from, channel) => Math.round(from + (place - first) * (STOPS[first + 1][channel] - from))).join(" ")})`;
 }
 
 function draw() {
@@ -308,79 +224,8 @@ function draw() {
   $("legend-kept").hidden = showsAttention();
   $("legend-attention").hidden = !showsAttention();
   if (!state.sight || (showsAttention() && !maps)) return;
-  state.tiles.forEach((tile, index) => drawTile(tile, index, maps?.[index]));
+  state.tiles.forEach((tile, index) => drawTile(tile, index, state.sight, maps?.[index]));
   $("seen").dataset.shows = maps ? `attention ${layer}` : "kept";
-}
-
-function drawTile({ figure, canvas, lit, dim }, index, attention) {
-  const { patches_per_side: patches, side, patch_size: patchSize } = state.sight;
-  const { kept, padding, num_real: real } = state.sight.partitions[index];
-  const size = (canvas.width / side) * patchSize;
-  const place = (patch) => [(patch % patches) * size, Math.floor(patch / patches) * size];
-  const pen = canvas.getContext("2d", { willReadFrequently: true });
-  pen.drawImage(dim, 0, 0);
-  if (attention) {
-    pen.globalAlpha = 0.66;
-    attention.forEach((value, patch) => {
-      pen.fillStyle = HEAT[value];
-      pen.fillRect(...place(patch), size, size);
-    });
-    pen.globalAlpha = 1;
-    outline(pen, new Set(kept), patches, size);
-  } else {
-    for (const patch of kept) pen.drawImage(lit, ...place(patch), size, size, ...place(patch), size, size);
-  }
-  hatch(pen, padding.map(place), size);
-  figure.dataset.kept = kept.length;
-  figure.querySelector(".count b").textContent = number(kept.length);
-  figure.querySelector(".count span").textContent = ` / ${number(real)}`;
-  figure.querySelector(".meter i").style.width = `${real ? (100 * kept.length) / real : 0}%`;
-  canvas.setAttribute("aria-label", `${nameOf(index)}: ${kept.length} of ${real} tokens kept`);
-}
-
-/** Lines around kept patches, where their neighbour is none. */
-function outline(pen, kept, patches, size) {
-  const lines = new Path2D();
-  for (const patch of kept) {
-    const col = patch % patches, row = Math.floor(patch / patches), x = col * size, y = row * size;
-    const edges = [
-      [row > 0 && kept.has(patch - patches), x, y, x + size, y],
-      [row < patches - 1 && kept.has(patch + patches), x, y + size, x + size, y + size],
-      [col > 0 && kept.has(patch - 1), x, y, x, y + size],
-      [col < patches - 1 && kept.has(patch + 1), x + size, y, x + size, y + size],
-    ];
-    for (const [joined, ...line] of edges) {
-      if (joined) continue;
-      lines.moveTo(line[0], line[1]);
-      lines.lineTo(line[2], line[3]);
-    }
-  }
-  pen.lineCap = "square";
-  for (const [width, colour] of [[6, "rgb(0 0 0 / .6)"], [3, "#fff"]]) {
-    pen.lineWidth = width;
-    pen.strokeStyle = colour;
-    pen.stroke(lines);
-  }
-}
-
-function hatch(pen, places, size) {
-  if (!places.length) return;
-  const colours = getComputedStyle(document.documentElement);
-  pen.save();
-  const area = new Path2D();
-  for (const [x, y] of places) area.rect(x, y, size, size);
-  pen.clip(area);
-  pen.fillStyle = colours.getPropertyValue("--sunken");
-  pen.fillRect(0, 0, pen.canvas.width, pen.canvas.height);
-  pen.strokeStyle = colours.getPropertyValue("--hatch");
-  pen.lineWidth = 3;
-  pen.beginPath();
-  for (let x = -pen.canvas.height; x < pen.canvas.width; x += 18) {
-    pen.moveTo(x, pen.canvas.height);
-    pen.lineTo(x + pen.canvas.height, 0);
-  }
-  pen.stroke();
-  pen.restore();
 }
 
 function forgetTiles() {
@@ -415,6 +260,9 @@ async function ask(event) {
   if ($("compare").checked) {
     runs.push({ title: "All tokens", hired: { token_budget: 1, policy: "keep-all", alpha: hired().alpha } });
   }
+  // What changes while the first run is answered is for the next question.
+  const content = [{ type: "image_url", image_url: { url: state.picture.uri } }, { type: "text", text: $("prompt").value }];
+  const question = { messages: [{ role: "user", content }], max_tokens: Number($("max-tokens").value) };
   for (const run of runs) run.card = card(run.title);
   $("answers").replaceChildren(...runs.map(({ card }) => card));
   $("answers").scrollIntoView({ block: "nearest" });
@@ -423,7 +271,7 @@ async function ask(event) {
   say("Answering");
   try {
     // One after the other, so that neither takes the other's time.
-    for (const run of runs) await answer(run, controller.signal);
+    for (const run of runs) await answer(run, question, controller.signal);
     say(runs.map(({ title, card }) => `${title}: ${said(card)}`).join(". "));
   } catch (error) {
     failed(error);
@@ -446,21 +294,12 @@ function card(title) {
 const said = (card) => card.querySelector(".said").textContent;
 const show = (card, name, text) => { card.querySelector(`.${name}`).textContent = text; };
 
-async function answer({ card, hired }, signal) {
-  const content = [{ type: "image_url", image_url: { url: state.picture.uri } }, { type: "text", text: $("prompt").value }];
-  const body = {
-    hired,
-    model: state.options.model,
-    messages: [{ role: "user", content }],
-    max_tokens: Number($("max-tokens").value),
-    temperature: 0,
-    stream: true,
-    stream_options: { include_usage: true },
-  };
+async function answer({ card, hired }, question, signal) {
+  const body = { hired, model: state.options.model, ...question, temperature: 0, stream: true, stream_options: { include_usage: true } };
   const times = { sent: performance.now() };
   let usage = null, finish = null;
   try {
-    for await (const event of events(await request("v1/chat/completions", { body, signal }))) {
+    for await (const event of events(await request("v1/chat/completions", { key: key(), body, signal }))) {
       if (event.error) throw new Refusal(event.error.message);
       usage = event.usage ?? usage;
       finish = event.choices?.[0]?.finish_reason ?? finish;
@@ -523,7 +362,7 @@ document.addEventListener("keydown", (event) => {
   else calm();
 });
 $("key").addEventListener("change", () => {
-  sessionStorage.setItem("hired-key", $("key").value.trim());
+  sessionStorage.setItem("hired-key", key());
   calm();
   ready().then(look).catch(failed);
 });
