@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup caption bench chaos scale test check docs clean
+.PHONY: help setup caption serve bench chaos scale test check docs clean
 
 # The first that runs and fits: a name on the PATH may be a version manager's shim for one that is not there.
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
@@ -37,10 +37,17 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
 	  --target .venv/lmms-eval lmms-eval accelerate colorama evaluate loguru lxml portalocker pytz \
 	  sacrebleu tabulate
+	# Beside the others: it pins an older version of the official client, which is tested as well.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/litellm \
+	  litellm==1.103.7 openai==2.54.0 fastuuid==0.14.0 importlib-metadata==8.9.0 zipp==4.1.2 \
+	  tiktoken==0.14.0 distro==1.9.0
 	touch $@
 
 caption: $(READY) ## caption the sample corpus with the embedded model; prints where the results are
 	$(BIN)/python jobs/caption_corpus.py --input examples/scenes --model embedded --output $(OUTPUT)
+
+serve: $(READY) ## answer OpenAI's API with the embedded model at http://127.0.0.1:8000
+	$(BIN)/python jobs/serve.py --model embedded
 
 test: $(READY) ## run every test; with CI=1 a skipped test is a failure
 	$(BIN)/python -m pytest --timeout 600
@@ -64,6 +71,7 @@ scale: $(READY) ## a million rows with models that cost nothing; into docs/resul
 docs: $(READY) ## write docs/configuration.md and the README's figures anew
 	$(BIN)/python -m pipeline.config > docs/configuration.md
 	$(BIN)/python -m pipeline.metrics > docs/metrics.md
+	$(BIN)/python -m pipeline.serve.options > docs/serving-options.md
 	$(BIN)/python -m pipeline.metrics --grafana > docs/grafana.json
 	$(BIN)/python jobs/write_figures.py
 

@@ -73,6 +73,11 @@ class Encoder:
             for values in (image_mean, image_std)
         )
 
+    @property
+    def num_layers(self) -> int:
+        """The tower's layers, whose attention can be read."""
+        return self._tower.num_layers
+
     @torch.no_grad()
     def encode(
         self, partitions: Sequence[Partitions], *, budget: Budget, policy: str | Policy = "hired"

@@ -7,6 +7,7 @@ HiredError
 │   ├── UnreadableImageError   the bytes are not a picture that can be decoded
 │   └── ImageTooLargeError     the header announces more pixels than the limit allows
 ├── GenerationError        one prompt could not be answered; the row becomes a dead letter
+│   ├── PromptError        the prompt cannot be written as the model was trained to read it
 │   └── CapacityError      the prompt does not fit the model's context or the memory at hand
 └── EngineDeadError        the engine failed as a whole; its process must end and start again
 """
@@ -45,6 +46,10 @@ class ImageTooLargeError(ImageError):
 
 class GenerationError(HiredError):
     """One prompt could not be answered; its neighbours can."""
+
+
+class PromptError(GenerationError):
+    """The prompt holds what it must not, or the checkpoint's chat template cannot write it."""
 
 
 class CapacityError(GenerationError):

@@ -1,27 +1,32 @@
 """VisualTokens -> Caption: the half of the model that speaks.
 
-The projector runs here, on kept tokens only: features before it are a quarter of the bytes to hand over.
+A row is one image and a prompt about it, or a conversation and all of its images. The projector runs here, on
+kept tokens only: features before it are a quarter of the bytes to hand over.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from hired.engine import GREEDY, Completion, Engine, Request, Sampling
-from hired.errors import ConfigurationError, GenerationError
-from hired.packing import Layout, Newlines, Positions, layout, pack, position_ids
-from hired.prompts import Halves, PromptTemplate
+from hired.engine import GREEDY, Completion, Engine, Event, Request, Sampling
+from hired.engine.shared import News, SharedEngine
+from hired.errors import ConfigurationError, GenerationError, PromptError
+from hired.packing import Layout, Newlines, Positions, interleaved_position_ids, layout, pack
+from hired.prompts import Conversation, PromptTemplate
 from hired.types import Caption, VisualTokens
 
 # Images that prompts share get numbers of their own, so that none is taken for another.
 _IMAGES = itertools.count()
+
+Images: TypeAlias = VisualTokens | Sequence[VisualTokens]
+Prompt: TypeAlias = str | Conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +40,11 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Row:
-    """Image number ``index``, the token ids before and after it, and how to answer."""
+    """Row number ``index``: its images, the token ids around them, and how to answer."""
 
     index: int
-    tokens: VisualTokens
-    prompt: Halves
+    images: tuple[VisualTokens, ...]
+    prompt: tuple[tuple[int, ...], ...]
     max_new_tokens: int
     stop: tuple[str, ...]
     sampling: Sampling
@@ -113,10 +118,9 @@ class Generator:
         places = self.layout(tokens)
         visual = self._visual(tokens, places)
         name = -1 - next(_IMAGES)
-        for prompt, limit in zip(prompts, max_new_tokens, strict=True):
-            halves = self._prompts.split(prompt)
-            shared = (*halves[0], *[name] * len(places))
-            yield self._request(halves, visual, places, limit, (), GREEDY, shared)
+        for index, (prompt, limit) in enumerate(zip(prompts, max_new_tokens, strict=True)):
+            row = self._row(index, tokens, prompt, limit, (), GREEDY)
+            yield self._request(row, [visual], [places], (*row.prompt[0], *[name] * len(places)))
 
     def text(self, completion: Completion) -> str:
         """What an engine's answer says."""
@@ -124,14 +128,14 @@ class Generator:
 
     def generate(
         self,
-        tokens: Sequence[VisualTokens],
-        prompts: Sequence[str],
+        tokens: Sequence[Images],
+        prompts: Sequence[Prompt],
         *,
         max_new_tokens: int | Sequence[int] = 64,
         stop: Sequence[str] | Sequence[Sequence[str]] = (),
         sampling: Sampling | Sequence[Sampling] = GREEDY,
     ) -> list[Caption | GenerationError]:
-        """One caption an image, or the error that this row alone met.
+        """One caption a row, or the error that this row alone met.
 
         ``max_new_tokens``, ``stop`` and ``sampling`` are one for all rows or one a row. An answer ends before
         the first of its ``stop`` strings; its ``token_ids`` leave out only the closing end-of-sequence token.
@@ -142,8 +146,8 @@ class Generator:
 
     def stream(
         self,
-        tokens: Sequence[VisualTokens],
-        prompts: Sequence[str],
+        tokens: Sequence[Images],
+        prompts: Sequence[Prompt],
         *,
         max_new_tokens: int | Sequence[int] = 64,
         stop: Sequence[str] | Sequence[Sequence[str]] = (),
@@ -166,80 +170,121 @@ class Generator:
         return self._pieces(zip(tokens, prompts, limits, stops, samplings, strict=True))
 
     def _pieces(
-        self, rows: Iterable[tuple[VisualTokens, str, int, tuple[str, ...], Sampling]]
+        self, rows: Iterable[tuple[Images, Prompt, int, tuple[str, ...], Sampling]]
     ) -> Iterator[Piece]:
         accepted: list[_Row] = []
-        for index, (image, prompt, limit, stop, sampling) in enumerate(rows):
+        for index, (images, prompt, limit, stop, sampling) in enumerate(rows):
             try:
-                accepted.append(_Row(index, image, self._prompts.split(prompt), limit, stop, sampling))
+                accepted.append(self._row(index, images, prompt, limit, stop, sampling))
             except GenerationError as error:
                 yield Piece(index, None, error)
-        layouts: dict[int, Layout] = {}
+        layouts: dict[int, list[Layout]] = {}
         for event in self._engine.stream(self._requests(accepted, layouts)):
-            row, outcome = accepted[event.index], event.outcome
-            yield Piece(
-                row.index,
-                event.token_id,
-                self._caption(row, layouts.pop(row.index), outcome)
-                if isinstance(outcome, Completion)
-                else outcome,
-            )
+            yield self._piece(accepted[event.index], event, layouts)
 
-    def _requests(self, rows: Sequence[_Row], layouts: dict[int, Layout]) -> Iterator[Request]:
-        """The rows as the engine takes them, one by one; ``layouts`` gets each one's layout."""
-        for row in rows:
-            places = layouts[row.index] = self.layout(row.tokens)
-            visual = self._visual(row.tokens, places)
-            prefix, _ = row.prompt
-            yield self._request(
-                row.prompt, visual, places, row.max_new_tokens, row.stop, row.sampling, shared=prefix
-            )
-
-    @torch.inference_mode()
-    def _visual(self, tokens: VisualTokens, places: Layout) -> Tensor:
-        """The visual embeddings ``[m, d]``."""
-        features = self._projector(tokens.features.to(self._image_newline, non_blocking=True))
-        source = Layout(places.source.to(features.device, non_blocking=True), places.slots, places.num_full)
-        return pack(source, features, self._image_newline)
-
-    @torch.inference_mode()
-    def _request(
+    def listen(
         self,
-        prompt: Halves,
-        visual: Tensor,
-        places: Layout,
+        images: Images,
+        prompt: Prompt,
+        tell: Callable[[Piece | Exception | None], None],
+        *,
+        max_new_tokens: int = 64,
+        stop: Sequence[str] = (),
+        sampling: Sampling = GREEDY,
+    ) -> Callable[[], None]:
+        """Begins one answer and returns at once; ``tell`` gets its pieces in the engine's own thread.
+
+        The last thing told is None, or the error that ended the answer. Returns what cancels it: the sequence
+        leaves the batch at the next step. Raises GenerationError for a prompt that cannot be written, and
+        ConfigurationError for an engine that serves one caller at a time.
+        """
+        if not isinstance(self._engine, SharedEngine):
+            raise ConfigurationError(
+                "this engine serves one caller at a time; an endpoint needs 'continuous' or 'vllm'"
+            )
+        row = self._row(0, images, prompt, max_new_tokens, tuple(stop), sampling)
+        layouts: dict[int, list[Layout]] = {}
+
+        def hear(news: News) -> None:
+            if isinstance(news, list):
+                for event in news:
+                    tell(self._piece(row, event, layouts))
+            else:
+                tell(news)
+
+        return self._engine.listen(self._requests([row], layouts), hear)
+
+    def _row(
+        self,
+        index: int,
+        images: Images,
+        prompt: Prompt,
         max_new_tokens: int,
         stop: tuple[str, ...],
         sampling: Sampling,
-        shared: tuple[int, ...],
+    ) -> _Row:
+        """Raises GenerationError for a prompt that cannot be written, or is about other images."""
+        images = (images,) if isinstance(images, VisualTokens) else tuple(images)
+        ids = self._prompts.split(prompt) if isinstance(prompt, str) else self._prompts.pieces(prompt)
+        if len(ids) != len(images) + 1:
+            raise PromptError(f"the prompt is about {len(ids) - 1} images, and {len(images)} were given")
+        return _Row(index, images, ids, max_new_tokens, stop, sampling)
+
+    def _piece(self, row: _Row, event: Event, layouts: dict[int, list[Layout]]) -> Piece:
+        outcome = event.outcome
+        if isinstance(outcome, Completion):
+            return Piece(row.index, event.token_id, self._caption(row, layouts.pop(row.index), outcome))
+        return Piece(row.index, event.token_id, outcome)
+
+    def _requests(self, rows: Sequence[_Row], layouts: dict[int, list[Layout]]) -> Iterator[Request]:
+        """The rows as the engine takes them, one by one; ``layouts`` gets those of each one's images."""
+        for row in rows:
+            places = layouts[row.index] = [self.layout(image) for image in row.images]
+            visual = [self._visual(image, own) for image, own in zip(row.images, places, strict=True)]
+            shared = row.prompt[0] if row.images else ()
+            yield self._request(row, visual, places, shared)
+
+    @torch.inference_mode()
+    def _request(
+        self, row: _Row, visual: Sequence[Tensor], places: Sequence[Layout], shared: tuple[int, ...]
     ) -> Request:
-        prefix, suffix = prompt
+        first, *others = row.prompt
+        parts = [self._embed(first)]
+        for image, text in zip(visual, others, strict=True):
+            parts += [image, self._embed(text)]
         return Request(
-            torch.cat([self._embed(prefix), visual, self._embed(suffix)]),
-            position_ids(len(prefix), places, len(suffix), self._positions),
-            max_new_tokens,
-            stop,
-            sampling,
+            torch.cat(parts),
+            interleaved_position_ids([len(ids) for ids in row.prompt], places, self._positions),
+            row.max_new_tokens,
+            row.stop,
+            row.sampling,
             shared_prefix=shared,
         )
+
+    @torch.inference_mode()
+    def _visual(self, image: VisualTokens, places: Layout) -> Tensor:
+        """An image's embeddings ``[m, d]``, in order and with its newlines."""
+        features = self._projector(image.features.to(self._image_newline, non_blocking=True))
+        source = Layout(places.source.to(features.device, non_blocking=True), places.slots, places.num_full)
+        return pack(source, features, self._image_newline)
 
     def _embed(self, token_ids: Sequence[int]) -> Tensor:
         ids = torch.tensor(token_ids, dtype=torch.int64, device=self._image_newline.device)
         embeddings: Tensor = self._embed_tokens(ids)
         return embeddings
 
-    def _caption(self, row: _Row, places: Layout, completion: Completion) -> Caption:
+    def _caption(self, row: _Row, places: Sequence[Layout], completion: Completion) -> Caption:
         text = self._prompts.decode(completion.token_ids)
         for stop in row.stop:
             text = text.partition(stop)[0]
-        prefix, suffix = row.prompt
+        num_kept = sum(map(len, places))
         return Caption(
             text=text.strip(),
             token_ids=completion.token_ids,
             finish_reason=completion.finish_reason,
-            prompt_tokens=len(prefix) + len(places) + len(suffix),
-            visual_tokens_full=places.num_full,
-            visual_tokens_kept=len(places),
+            prompt_tokens=sum(map(len, row.prompt)) + num_kept,
+            visual_tokens_full=sum(own.num_full for own in places),
+            visual_tokens_kept=num_kept,
         )
 
 

@@ -9,6 +9,7 @@ With every token kept the result equals transformers' ``LlavaNextModel.pack_imag
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,18 +82,26 @@ def pack(layout: Layout, features: Tensor, newline: Tensor) -> Tensor:
 def position_ids(
     num_prefix: int, layout: Layout, num_suffix: int, positions: Positions = "original"
 ) -> Tensor:
-    """Position ids int64 of a whole prompt: text, the image, text.
+    """Position ids int64 of a whole prompt: text, the image, text. See ``interleaved_position_ids``."""
+    return interleaved_position_ids([num_prefix, num_suffix], [layout], positions)
 
-    ``original`` leaves every token the id it would have with all tokens kept, so that the text after the
+
+def interleaved_position_ids(
+    num_text: Sequence[int], layouts: Sequence[Layout], positions: Positions = "original"
+) -> Tensor:
+    """Position ids int64 of a whole prompt: text, an image, text, another image and so on, and text.
+
+    ``original`` leaves every token the id it would have with all tokens kept, so that the text after an
     image continues from the full count (arXiv 2506.21873 measures why); ``compact`` counts what is there.
     """
-    device = layout.slots.device
+    device = layouts[0].slots.device if layouts else None
     if positions == "compact":
-        return torch.arange(num_prefix + len(layout) + num_suffix, device=device)
-    return torch.cat(
-        [
-            torch.arange(num_prefix, device=device),
-            num_prefix + layout.slots,
-            num_prefix + layout.num_full + torch.arange(num_suffix, device=device),
-        ]
-    )
+        return torch.arange(sum(num_text) + sum(map(len, layouts)), device=device)
+    parts = [torch.arange(num_text[0], device=device)]
+    start = num_text[0]
+    for layout, num_after in zip(layouts, num_text[1:], strict=True):
+        parts.append(start + layout.slots)
+        start += layout.num_full
+        parts.append(start + torch.arange(num_after, device=device))
+        start += num_after
+    return torch.cat(parts)

@@ -79,12 +79,14 @@ class UnsafeUrlError(FetchError):
 class FetchOptions:
     """What may be fetched, and how long and how often it is tried.
 
-    ``hosts``, if there are any, are the only ones that are spoken to; they may lie on private addresses.
+    ``hosts``, if there are any, are the only ones that are spoken to; they may lie on private addresses,
+    unless ``public_only``.
     ``timeout_s`` is for one attempt with all its redirects.
     """
 
     hosts: tuple[str, ...] = ()
     https_only: bool = False
+    public_only: bool = False
     timeout_s: float = 30.0
     max_bytes: int = 128 * 2**20
     max_redirects: int = 5
@@ -104,7 +106,8 @@ class Fetcher:
     ) -> None:
         self._options = options
         self._hosts = frozenset(map(_plain, options.hosts))
-        self._backend = _CheckedBackend(self._hosts, resolver or resolved)
+        trusted = frozenset() if options.public_only else self._hosts
+        self._backend = _CheckedBackend(trusted, resolver or resolved)
         self._pool = httpcore.ConnectionPool(
             ssl_context=ssl_context or httpx.create_ssl_context(),
             max_connections=None,  # the callers' threads bound them

@@ -1,4 +1,4 @@
-"""What a run tells Prometheus while it works, through Ray's own exporter; one table says all of it.
+"""What runs and endpoints tell Prometheus while they work, through Ray's own exporter; one table says it all.
 
 ``python -m pipeline.metrics`` prints the documentation, ``--grafana`` the dashboard. Without a Ray that is
 initialised every call does nothing, so that stages can be used anywhere. Labels have few values: a stage, an
@@ -51,6 +51,9 @@ class Panel:
 
 
 STAGE_BOUNDARIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+REQUEST_BOUNDARIES = (0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)
+TOKEN_BOUNDARIES = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 1.0)
+BATCH_BOUNDARIES = (1.0, 2.0, 4.0, 8.0, 16.0)
 COMMIT_BOUNDARIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 METRICS = (
@@ -61,9 +64,11 @@ METRICS = (
     Metric("hired_stage_seconds", "histogram", "seconds of one call of a stage, a batch of rows", "workers",
            ("stage",), STAGE_BOUNDARIES),
     Metric("hired_stage_rows_total", "counter", "rows that a stage was called with", "workers", ("stage",)),
-    Metric("hired_visual_tokens_total", "counter", "visual tokens of committed captions; `kind` is `full` "
-           "(before dropping) or `kept` (after)", "driver", ("kind",)),
-    Metric("hired_output_tokens_total", "counter", "tokens generated for committed captions", "driver"),
+    Metric("hired_visual_tokens_total", "counter", "visual tokens of committed captions and of an "
+           "endpoint's answers; `kind` is `full` (before dropping) or `kept` (after)", "driver, ingress",
+           ("kind",)),
+    Metric("hired_output_tokens_total", "counter", "tokens generated for committed captions and for an "
+           "endpoint's answers", "driver, ingress"),
     Metric("hired_in_flight_rows", "gauge", "rows handed to the pipeline and not committed yet", "driver"),
     Metric("hired_unit_commit_seconds", "histogram", "seconds to write one unit so that it survives a kill",
            "driver", (), COMMIT_BOUNDARIES),
@@ -75,6 +80,20 @@ METRICS = (
            "generate workers", ("worker",)),
     Metric("hired_kv_cache_tokens", "gauge", "places of the key-value cache; `state` is `held` or `free`",
            "generate workers", ("worker", "state")),
+    Metric("hired_requests_total", "counter", "requests that an endpoint answered; `route` is the path, "
+           "`other` for one that there is not", "ingress", ("route", "status")),
+    Metric("hired_request_failures_total", "counter", "requests that failed, also in the middle of a stream, "
+           "by the `code` that the client was given", "ingress", ("code",)),
+    Metric("hired_requests_in_flight", "gauge", "requests that an ingress has in hand: in a queue or at work",
+           "ingress", ("worker",)),
+    Metric("hired_request_seconds", "histogram", "seconds from a request's head to the last byte of its "
+           "answer", "ingress", ("route",), REQUEST_BOUNDARIES),
+    Metric("hired_time_to_first_token_seconds", "histogram", "seconds from a request's whole body to the "
+           "first text of its streamed answer", "ingress", (), REQUEST_BOUNDARIES),
+    Metric("hired_time_per_output_token_seconds", "histogram", "seconds a token after the first, a streamed "
+           "answer", "ingress", (), TOKEN_BOUNDARIES),
+    Metric("hired_encode_batch_images", "histogram", "images that an endpoint's encode worker took at once",
+           "encode workers", (), BATCH_BOUNDARIES),
 )  # fmt: skip
 
 PANELS = (
@@ -121,6 +140,33 @@ PANELS = (
         ('sum by (worker) (ray_hired_kv_cache_tokens{state="held"}) / sum by (worker) '
          "(ray_hired_kv_cache_tokens)", "{{worker}}"),
     )),
+    Panel("Requests", "ops", (
+        ("sum by (status) (rate(ray_hired_requests_total[$__rate_interval]))", "{{status}}"),
+    )),
+    Panel("Requests that failed", "ops", (
+        ("sum by (code) (rate(ray_hired_request_failures_total[$__rate_interval]))", "{{code}}"),
+    )),
+    Panel("Requests in flight", "short", (("sum(ray_hired_requests_in_flight)", "requests"),)),
+    Panel("Seconds a request, 95th percentile", "s", (
+        ("histogram_quantile(0.95, sum by (route, le) "
+         "(rate(ray_hired_request_seconds_bucket[$__rate_interval])))", "{{route}}"),
+    )),
+    Panel("Time to first token", "s", (
+        ("histogram_quantile(0.5, sum by (le) "
+         "(rate(ray_hired_time_to_first_token_seconds_bucket[$__rate_interval])))", "median"),
+        ("histogram_quantile(0.99, sum by (le) "
+         "(rate(ray_hired_time_to_first_token_seconds_bucket[$__rate_interval])))", "99th percentile"),
+    )),
+    Panel("Time per output token", "s", (
+        ("histogram_quantile(0.5, sum by (le) "
+         "(rate(ray_hired_time_per_output_token_seconds_bucket[$__rate_interval])))", "median"),
+        ("histogram_quantile(0.99, sum by (le) "
+         "(rate(ray_hired_time_per_output_token_seconds_bucket[$__rate_interval])))", "99th percentile"),
+    )),
+    Panel("Images encoded at once", "short", (
+        ("sum(rate(ray_hired_encode_batch_images_sum[$__rate_interval])) / "
+         "sum(rate(ray_hired_encode_batch_images_count[$__rate_interval]))", "images"),
+    )),
 )  # fmt: skip
 
 _made: dict[str, Any] = {}
@@ -158,11 +204,18 @@ def worker_died(stage: str) -> None:
 
 def engine(*, running: int, waiting: int, places_free: int, places: int) -> None:
     """Sets what the engine of this worker holds, as ``ContinuousEngine.counts`` says it."""
-    worker = _worker()
-    _set("hired_running_sequences", running, worker=worker)
-    _set("hired_waiting_sequences", waiting, worker=worker)
-    _set("hired_kv_cache_tokens", places - places_free, worker=worker, state="held")
-    _set("hired_kv_cache_tokens", places_free, worker=worker, state="free")
+    own = worker()
+    _set("hired_running_sequences", running, worker=own)
+    _set("hired_waiting_sequences", waiting, worker=own)
+    _set("hired_kv_cache_tokens", places - places_free, worker=own, state="held")
+    _set("hired_kv_cache_tokens", places_free, worker=own, state="free")
+
+
+def tell(name: str, value: float, **labels: str) -> None:
+    """Adds to a counter, sets a gauge, or observes in a histogram, whichever the metric is."""
+    metric = next(metric for metric in METRICS if metric.name == name)
+    how = {"counter": _add, "gauge": _set, "histogram": _observe}[metric.kind]
+    how(name, value, **labels)
 
 
 def _add(name: str, value: float, **labels: str) -> None:
@@ -204,8 +257,10 @@ def _bounded(error_type: str) -> str:
     return error_type
 
 
-def _worker() -> str:
-    """This actor's id: as many values as there are generate workers."""
+def worker() -> str:
+    """The start of this actor's id: as many values as there are generate workers, or ingresses."""
+    if not ray.is_initialized():  # asking would start a Ray
+        return "local"
     with suppress(Exception):  # the driver, or a task, is no actor
         if actor := ray.get_runtime_context().get_actor_id():
             return str(actor)[:8]
@@ -217,6 +272,9 @@ PAGE = """# Metrics
 A run exports these through Ray, on every node's metrics port, beside Ray's own. Prometheus sees each name
 with `ray_` before it, and Ray adds labels for the node and the session. `ray metrics launch-prometheus`
 starts a Prometheus that finds them, and `docs/grafana.json` is a dashboard to import into Grafana.
+
+An endpoint does the same, and answers `GET /metrics` beside it: without the `ray_`, what the ingress that is
+asked has told since it started, and what a generate worker's engine holds at that moment.
 
 Counters begin at zero with each session of a run; dashboards take their rates. Labels have few values: stages
 are `read`, `partition`, `encode`, `generate`; an `error_type` is the name of an error's class (`other` from

@@ -30,8 +30,10 @@ from numpy.typing import NDArray
 
 from hired import families
 from hired.devices import resolve_handoff_dtype
+from hired.encoder import Encoder
 from hired.engine import Sampling
 from hired.errors import ConfigurationError, ImageError
+from hired.generator import Generator
 from hired.geometry import Tiling
 from hired.partitioning import partition
 from hired.types import Caption, Partitions, VisualTokens
@@ -131,6 +133,11 @@ class PartitionStage:
             _partitioned, tiling=tiling, max_pixels=max_pixels, reduced=reduced
         )
 
+    @property
+    def partition(self) -> Callable[[Sequence[bytes]], list[Partitions | Exception]]:
+        """Cuts up images; each one's partitions, or why there are none."""
+        return self._partition
+
     def __call__(self, batch: Batch) -> Batch:
         started_s = time.perf_counter()
         rows = attempt(self.name, to_images(batch), self._partition)
@@ -170,6 +177,11 @@ class EncodeStage:
         self._handoff_dtype = resolve_handoff_dtype(dtype)
         self._budget, self._policy = config.budget, config.policy
 
+    @property
+    def encoder(self) -> Encoder:
+        """What does the stage's work."""
+        return self._encoder
+
     def __call__(self, batch: Batch) -> Batch:
         started_s = time.perf_counter()
         rows = attempt(self.name, to_partitions(batch), self._encode)
@@ -196,6 +208,11 @@ class GenerateStage:
             engine=config.engine.options(config.generate.num_gpus or 0),
         )
         self._ended_s = 0.0  # when the last call did; several may run at once
+
+    @property
+    def generator(self) -> Generator:
+        """What does the stage's work."""
+        return self._generator
 
     def __call__(self, batch: Batch) -> Batch:
         started_s = time.perf_counter()

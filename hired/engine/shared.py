@@ -8,13 +8,15 @@ all streams, so a slow listener holds nobody up.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeAlias
 
 from hired.engine import Event, Outcome, Request, answers_in_order
 from hired.engine.stepped import SteppedEngine
 from hired.errors import EngineDeadError
+
+News: TypeAlias = list[Event] | Exception | None
 
 
 class SharedEngine:
@@ -41,9 +43,29 @@ class SharedEngine:
         """One answer a request, in order."""
         return answers_in_order(self.stream(requests))
 
+    @property
+    def error(self) -> Exception | None:
+        """What the engine died of, if it did."""
+        return self._error
+
     def stream(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Events as they come. ``requests`` are taken by the engine's thread, as it has room for them."""
-        stream = _Stream(requests)
+        told: SimpleQueue[News] = SimpleQueue()
+        close = self.listen(requests, told.put)
+        try:
+            while (news := told.get()) is not None:
+                if isinstance(news, Exception):
+                    raise news
+                yield from news
+        finally:
+            close()
+
+    def listen(self, requests: Iterable[Request], tell: Callable[[News], None]) -> Callable[[], None]:
+        """As ``stream``, without a thread that waits: ``tell`` hears of everything in the engine's thread.
+
+        The last news is None, or the error that ended the stream. Returns what ends it sooner.
+        """
+        stream = _Stream(requests, tell)
         with self._lock:
             if self._error is not None:
                 raise self._error
@@ -51,10 +73,7 @@ class SharedEngine:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
                 self._thread.start()
-        try:
-            yield from stream.told()
-        finally:
-            stream.closed = True
+        return stream.close
 
     def _run(self) -> None:
         try:
@@ -91,13 +110,13 @@ class SharedEngine:
 
 
 class _Stream:
-    """The requests of one caller, and what it has not heard yet."""
+    """The requests of one caller, and whom their events are told."""
 
-    def __init__(self, requests: Iterable[Request]) -> None:
+    def __init__(self, requests: Iterable[Request], tell: Callable[[News], None]) -> None:
         self._source = enumerate(requests)
         self._exhausted = False
         self._index_of: dict[int, int] = {}
-        self._news: SimpleQueue[list[Event] | Exception | None] = SimpleQueue()
+        self._news = tell
         self.closed = False
         self.ended = False
 
@@ -131,20 +150,17 @@ class _Stream:
             if event.outcome is not None:
                 self._index_of.pop(event.index, None)
         if own:
-            self._news.put(own)
+            self._news(own)
         if self._exhausted and not self._index_of and not self.ended:
             self.end()
 
-    def told(self) -> Iterator[Event]:
-        """What the engine's thread passes on, in the caller's thread."""
-        while (news := self._news.get()) is not None:
-            if isinstance(news, Exception):
-                raise news
-            yield from news
+    def close(self) -> None:
+        """Nothing more is wanted."""
+        self.closed = True
 
     def end(self, error: Exception | None = None) -> None:
         self.ended = True
-        self._news.put(error)
+        self._news(error)
 
     def _cancel(self, engine: SteppedEngine) -> None:
         for handle in self._index_of:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from transformers import AutoProcessor
 
 from hired.engine import Request
 from hired.engine.fake import FakeEngine
-from hired.errors import CapacityError, ConfigurationError, GenerationError
-from hired.generator import Generator
+from hired.engine.shared import SharedEngine
+from hired.errors import CapacityError, ConfigurationError, GenerationError, PromptError
+from hired.generator import Generator, Piece
 from hired.packing import Positions
-from hired.prompts import PromptTemplate
+from hired.prompts import Conversation, Message, PromptTemplate
 from hired.types import Caption, Grid, Size, VisualTokens
+from tests.language_models import WIDTH as LANGUAGE_WIDTH
+from tests.language_models import continuous
 from tests.tiny import IMAGE_ID, tiny_llava_next
 
 P, WIDTH = 2, 4
@@ -158,3 +162,98 @@ def test_another_packing_leaves_the_generator_as_it_was(prompts: PromptTemplate)
     assert one.positions.tolist() != list(range(len(one)))
     with pytest.raises(ConfigurationError, match="newlines is 'few'"):
         original.packing("few", "compact")  # type: ignore[arg-type]
+
+
+# Conversations
+
+TALK: Conversation = (
+    Message("user", (None, "First?")),
+    Message("assistant", ("A fox.",)),
+    Message("user", ("Then?", None)),
+)
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_images_of_a_conversation_stand_where_they_were_shown(
+    prompts: PromptTemplate, positions: Positions
+) -> None:
+    engine = FakeEngine(lambda request: [])
+    one, other = image((0, 1), (1, 0), (1, 3)), image((0, 0))
+    [caption] = captions(generator(engine, prompts, positions).generate([[one, other]], [TALK]))
+    first, between, last = map(len, prompts.pieces(TALK))
+    [request] = engine.requests
+
+    visual = request.embeddings[:, 0].tolist()
+    assert visual[first : first + 5] == [3.0, 6.0, -1.0, 9.0, -1.0]
+    assert visual[first + 5 + between] == 3.0
+    assert len(request) == first + 5 + between + 1 + last == caption.prompt_tokens
+    assert (caption.visual_tokens_full, caption.visual_tokens_kept) == (2 * NUM_FULL, 6)
+    if positions == "compact":
+        assert request.positions.tolist() == list(range(len(request)))
+    else:
+        second = first + NUM_FULL + between
+        assert request.positions[first + 5].item() == first + NUM_FULL
+        assert request.positions[first + 5 + between].item() == second
+        assert request.positions[-1].item() == second + NUM_FULL + last - 1
+
+
+def test_a_conversation_of_one_question_is_asked_as_the_prompt_is(prompts: PromptTemplate) -> None:
+    engine = FakeEngine(lambda request: [])
+    tokens = image((0, 1), (1, 3))
+    generator(engine, prompts).generate([tokens, [tokens]], ["What?", (Message("user", (None, "What?")),)])
+    plain, talk = engine.requests
+    assert torch.equal(plain.positions, talk.positions)
+    assert plain.shared_prefix == talk.shared_prefix
+    assert plain.embeddings.shape == talk.embeddings.shape
+
+
+def test_a_conversation_may_do_without_images(prompts: PromptTemplate) -> None:
+    engine = FakeEngine(lambda request: [])
+    [caption] = captions(generator(engine, prompts).generate([[]], [(Message("user", ("Hello",)),)]))
+    assert (caption.visual_tokens_full, caption.visual_tokens_kept) == (0, 0)
+    assert engine.requests[0].positions.tolist() == list(range(caption.prompt_tokens))
+
+
+def test_images_and_prompt_must_agree(prompts: PromptTemplate) -> None:
+    rows = generator(FakeEngine(lambda request: []), prompts).generate([[image((0, 0))], []], [TALK, "What?"])
+    assert [type(row) for row in rows] == [PromptError, PromptError]
+
+
+def real_speaker(prompts: PromptTemplate) -> Generator:
+    """Around a small engine that others may share."""
+    torch.manual_seed(0)
+    return Generator(
+        SharedEngine(continuous()),
+        prompts,
+        projector=nn.Linear(3, LANGUAGE_WIDTH),
+        embed_tokens=nn.Embedding(300, LANGUAGE_WIDTH),
+        image_newline=torch.zeros(LANGUAGE_WIDTH),
+        patches_per_side=P,
+    )
+
+
+def test_a_listener_is_told_what_a_stream_gives(prompts: PromptTemplate) -> None:
+    speaker, tokens = real_speaker(prompts), image((0, 1), (1, 3))
+    streamed = list(speaker.stream([tokens], ["What?"], max_new_tokens=9))
+    told: SimpleQueue[Piece | Exception | None] = SimpleQueue()
+    speaker.listen(tokens, "What?", told.put, max_new_tokens=9)
+    assert list(iter(lambda: told.get(timeout=60), None)) == streamed
+    assert len(streamed) == 9
+
+
+def test_a_listener_that_cancels_hears_no_caption(prompts: PromptTemplate) -> None:
+    speaker, tokens = real_speaker(prompts), image((0, 1), (1, 3))
+    told: SimpleQueue[Piece | Exception | None] = SimpleQueue()
+    cancel = speaker.listen(tokens, "What?", told.put, max_new_tokens=60)
+    first = told.get(timeout=60)
+    cancel()
+    pieces = [first, *iter(lambda: told.get(timeout=60), None)]
+    assert all(isinstance(piece, Piece) and piece.caption is None for piece in pieces)
+
+
+def test_what_cannot_be_asked_is_told_to_whoever_asks(prompts: PromptTemplate) -> None:
+    alone = generator(FakeEngine(lambda request: []), prompts)
+    with pytest.raises(ConfigurationError, match="one caller at a time"):
+        alone.listen(image((0, 0)), "What?", lambda piece: None)
+    with pytest.raises(PromptError):
+        real_speaker(prompts).listen(image((0, 0)), "An <image>?", lambda piece: None)

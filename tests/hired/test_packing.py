@@ -14,7 +14,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
 from hired.errors import ConfigurationError
 from hired.geometry import Tiling, num_tokens, real_patches
-from hired.packing import NEWLINE, layout, pack, position_ids
+from hired.packing import NEWLINE, interleaved_position_ids, layout, pack, position_ids
 from hired.types import Grid, Size, VisualTokens
 
 SIDE, PATCH_SIZE = 12, 3
@@ -146,6 +146,24 @@ def test_original_positions_leave_gaps_and_compact_positions_none(
         num_prefix + slot for slot in places.slots.tolist()
     ]
     assert compact == list(range(len(original)))
+
+
+@given(dropped(), dropped(), st.lists(st.integers(0, 5), min_size=3, max_size=3))
+@settings(max_examples=25)
+def test_several_images_take_the_positions_of_all_their_tokens(
+    one: tuple[VisualTokens, Tensor], other: tuple[VisualTokens, Tensor], num_text: list[int]
+) -> None:
+    places = [layout(one[0], P), layout(other[0], P)]
+    before, between, after = num_text
+    ids = interleaved_position_ids(num_text, places, "original").tolist()
+    start = before + places[0].num_full + between
+    assert ids == [
+        *position_ids(before, places[0], between, "original").tolist(),
+        *(start + slot for slot in places[1].slots.tolist()),
+        *range(start + places[1].num_full, start + places[1].num_full + after),
+    ]
+    compact = interleaved_position_ids(num_text, places, "compact").tolist()
+    assert compact == list(range(len(ids)))
 
 
 def test_positions_coincide_when_every_token_is_kept() -> None:

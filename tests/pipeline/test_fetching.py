@@ -506,6 +506,26 @@ def test_a_redirect_to_a_private_address_is_refused_where_all_public_hosts_are_a
             one.get(server.url("/trap"))
 
 
+def test_trust_in_a_name_can_end_at_private_addresses(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``public_only``: neither the name itself nor a redirect to another trusted name leads inside."""
+    server.actions["/inside"] = lambda handler: handler.answer(302, Location=server.url(host="inside.test"))
+    names = Names(images_test="127.0.0.1", inside_test=["127.0.0.9"])
+    options = FetchOptions(hosts=("images.test", "inside.test"), public_only=True, attempts=1)
+    with closing(Fetcher(options, resolver=names)) as one, pytest.raises(UnsafeUrlError):
+        one.get(server.url())
+    assert not server.requests
+
+    # As if the server lay on the internet.
+    monkeypatch.setattr(fetching, "is_public", lambda address: str(address) == "127.0.0.1")
+    with closing(Fetcher(options, resolver=names)) as one:
+        assert one.get(server.url()) == BODY
+        with pytest.raises(UnsafeUrlError):
+            one.get(server.url("/inside"))
+    assert [path for path, _ in server.requests] == ["/good", "/inside"]
+
+
 def test_redirects_in_a_circle_come_to_an_end(server: Server, fetcher: Fetcher) -> None:
     server.actions["/round"] = lambda handler: handler.answer(302, Location="/round")
     with pytest.raises(FetchError, match="more than 5 redirects") as caught:

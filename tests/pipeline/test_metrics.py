@@ -63,7 +63,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(metrics, "_made", {})
     monkeypatch.setattr(metrics, "_error_types", set())
-    monkeypatch.setattr(metrics, "_worker", lambda: "abcdef01")
+    monkeypatch.setattr(metrics, "worker", lambda: "abcdef01")
     return told
 
 
