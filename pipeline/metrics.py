@@ -206,6 +206,8 @@ def _bounded(error_type: str) -> str:
 
 def _worker() -> str:
     """This actor's id: as many values as there are generate workers."""
+    if not ray.is_initialized():
+        return "driver"  # asking for the context would start Ray
     with suppress(Exception):  # the driver, or a task, is no actor
         if actor := ray.get_runtime_context().get_actor_id():
             return str(actor)[:8]

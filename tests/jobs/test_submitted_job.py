@@ -133,6 +133,6 @@ def test_the_job_runs_when_submitted_to_a_running_head(head: Head, tmp_path: Pat
     assert (uploaded / "jobs" / "caption_corpus.py").is_file()
     assert not (uploaded / ".venv").exists(), "what git ignores must not travel"
 
-    again = submit(head, *job)
-    assert again.returncode != 0, "a configuration error fails the submitted job"
-    assert "already holds a run" in again.stdout + again.stderr
+    other = submit(head, *job, "--prompt", "Why?")
+    assert other.returncode != 0, "a configuration error fails the submitted job"
+    assert "--prompt was 'Describe the image.' and is 'Why?'" in other.stdout + other.stderr
