@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,29 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generated = tmp_path_factory.mktemp("corpus")
     write_corpus(generated)
     return generated
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA-NeXT of no size, with random weights."""
+    from tests.tiny import tiny_llava_next
+
+    return tiny_llava_next(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """One Ray cluster of two CPUs for all that runs in the tests' own process."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # 15 by default: on a busy machine workers would starve
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # for stages that tests define
+        ray.init(
+            address="local", num_cpus=2, num_gpus=0, include_dashboard=False, object_store_memory=500 * 2**20
+        )
+        yield
+        ray.shutdown()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -33,11 +33,8 @@ def measure(subject: Subject) -> dict[str, Any]:
     """Images a second of the bare loop and of the job, taking turns; models are loaded anew for each."""
     bare_s: list[float] = []
     jobs: list[dict[str, float]] = []
-    with TemporaryDirectory(prefix="benchmark-") as folder, _cluster(subject):
-        corpus = Path(folder) / "corpus"
-        corpus.mkdir()
-        for number, file in enumerate(subject.files):
-            (corpus / f"{number:06d}.jpg").write_bytes(file)
+    with TemporaryDirectory(prefix="benchmark-") as folder, local_cluster(subject):
+        corpus = written(subject, Path(folder))
         for number in range(subject.options.repeats):
             config = configuration(subject, corpus, Path(folder) / f"captions-{number}")
             bare_s.append(_bare_seconds(subject, config))
@@ -60,11 +57,18 @@ def measure(subject: Subject) -> dict[str, Any]:
         "bare_images_per_s": bare,
         "ray_images_per_s_with_start_up": spread([num_images / job["wall_s"] for job in jobs]),
         "ray_against_bare": ratio(start_up["ray_images_per_s"], bare),
-        "planned_s": digits(jobs[-1]["planned_s"]) if "planned_s" in jobs[-1] else NOT_MEASURED,
-        "taken_s": digits(jobs[-1]["wall_s"]),
         "stages": {name: job for name, job in jobs[-1].items() if name.endswith("_busy_s")},
         "options": list(subject.options.ray_options),
     }
+
+
+def written(subject: Subject, folder: Path) -> Path:
+    """A folder below with the images as files."""
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    for number, file in enumerate(subject.files):
+        (corpus / f"{number:06d}.jpg").write_bytes(file)
+    return corpus
 
 
 def configuration(subject: Subject, corpus: Path, output: Path) -> Config:
@@ -110,7 +114,7 @@ def _bare_seconds(subject: Subject, config: Config) -> float:
 
 
 def _job(config: Config, bare_s_per_row: float) -> dict[str, float]:
-    """Seconds of one run: all, as planned, start-up and end, and those that each stage's workers were busy.
+    """Seconds of one run: all, start-up and end, and those that each stage's workers were busy.
 
     Start-up is the time to the first committed rows less what the bare loop takes for as many, and the time
     after the last; a corpus of which all rows are committed at once does not tell it.
@@ -121,8 +125,6 @@ def _job(config: Config, bare_s_per_row: float) -> dict[str, float]:
     if manifest.counts.dead_letters:
         raise RuntimeError(f"the job lost rows: {manifest.counts.dead_letters_by_error}")
     busy = {f"{stage}_busy_s": digits(cost.busy_s) for stage, cost in manifest.stages.items()}
-    if manifest.plan is not None:
-        busy["planned_s"] = manifest.plan.eta_s
     session = manifest.sessions[-1]
     committed = [(seconds, rows) for seconds, rows in session.progress if rows]
     if len(committed) < 2:
@@ -133,7 +135,7 @@ def _job(config: Config, bare_s_per_row: float) -> dict[str, float]:
 
 
 @contextmanager
-def _cluster(subject: Subject) -> Iterator[None]:
+def local_cluster(subject: Subject) -> Iterator[None]:
     """Ray on this machine with as many CPUs as the bare loop has threads; its start is no part of a job."""
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

@@ -35,6 +35,7 @@ def page(record: Record) -> str:
         *_encoder(sections.get("encoder")),
         *_stages(sections.get("stages")),
         *_ray(sections.get("ray")),
+        *_plan(sections.get("plan")),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -244,13 +245,30 @@ def _ray(section: Any) -> list[str]:
         ("Ray against the bare loop, start-up left out", _times(figures["ray_against_bare"])),
         ("start-up s", _spread(figures["start_up_s"])),
         ("start-up, share of the run", _share(figures["start_up_share"])),
-        ("seconds that the job planned for itself", _spread(figures.get("planned_s"))),
-        ("seconds that it took", _spread(figures.get("taken_s"))),
     ]
     words = f"{figures['images']} images, {figures['threads']} threads."
     if figures["options"]:
         words += f" Job options: {', '.join(figures['options'])}."
     return [*lines, words, "", *_table(("figure", "measured"), rows), ""]
+
+
+def _plan(section: Any) -> list[str]:
+    lines = _head(
+        "Plan against actual",
+        section,
+        "What `--plan` says of a folder of files after measuring its sample, and what the run that follows takes.",
+    )
+    if not section:
+        return lines
+    figures = section["figures"]
+    rows = [
+        (each["what"], f"{each['planned']:g}", f"{each['actual']:g}", _signed(each["error"]))
+        for each in figures["comparisons"]
+    ]
+    words = (
+        f"{figures['images']} images, {figures['threads']} threads; slowest by plan: {figures['bottleneck']}."
+    )
+    return [*lines, words, "", *_table(("figure", "planned", "actual", "actual against plan"), rows), ""]
 
 
 def _figures(sections: Record, name: str) -> Any:
@@ -274,6 +292,10 @@ def _spread(cell: Any) -> str:
 def _share(cell: Any) -> str:
     value = cell["median"] if isinstance(cell, dict) else cell
     return f"{value:.1%}" if isinstance(value, float | int) else str(value or NOT_MEASURED)
+
+
+def _signed(value: Any) -> str:
+    return f"{value:+.1%}" if isinstance(value, float | int) else ""
 
 
 def _times(value: Any) -> str:

@@ -23,6 +23,7 @@ SECTION_MODULES = {
     "encoder": "encoding",
     "stages": "stages",
     "ray": "corpus",
+    "plan": "planning",
 }
 
 

@@ -29,7 +29,7 @@ from pipeline.benchmark.measure import GIB, release
 from pipeline.benchmark.roofline import Ceilings, LanguageModel, Tower, measured_ceilings, shapes
 
 BATCHINGS = ("equal", "own")
-SECTIONS = ("engine", "latency", "encoder", "stages", "ray")
+SECTIONS = ("engine", "latency", "encoder", "stages", "ray", "plan")
 # Random weights in bfloat16 are what the presets imitate; other checkpoints run as they do elsewhere.
 PRESET_DTYPE = "bfloat16"
 # Of a GPU's memory; the rest is CUDA's own.

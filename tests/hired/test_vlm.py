@@ -18,11 +18,6 @@ from tests.tiny import tiny_llava_next
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llava_next(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
 def vlm(checkpoint: Path) -> hired.VLM:
     return hired.load(checkpoint, device="cpu", dtype=torch.float32)
 

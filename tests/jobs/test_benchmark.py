@@ -84,3 +84,20 @@ def test_the_job_under_ray_is_held_against_the_bare_loop(folders: list[str]) -> 
         figures["ray_images_per_s"]["median"] / figures["bare_images_per_s"]["median"], rel=1e-3
     )
     assert {"partition_busy_s", "encode_busy_s", "generate_busy_s"} <= set(figures["stages"])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_plan_is_held_against_the_run_that_follows(folders: list[str]) -> None:
+    arguments = [*TOY, *folders, "--images", "24", "--batch-size", "8", "--sections", "plan"]
+    assert main([*arguments, "--ray-options", "plan_seconds=1"]) == 0
+    lines = {
+        each["what"]: each
+        for each in json.loads(written(folders, "json"))["sections"]["plan"]["figures"]["comparisons"]
+    }
+    assert lines["rows"] == {"what": "rows", "planned": 24, "actual": 24, "error": 0}
+    time = lines["time, s"]
+    assert time["error"] == pytest.approx(time["actual"] / time["planned"] - 1, abs=1e-2)
+    assert lines["visual tokens an image, after"]["error"] == pytest.approx(0, abs=0.05)
+    assert "| visual tokens an image, after | " in written(folders, "md")

@@ -127,12 +127,12 @@ def test_the_job_runs_when_submitted_to_a_running_head(head: Head, tmp_path: Pat
     assert "2 rows: 1 captions, 1 dead letters" in submitted.stdout
     assert pq.read_table(tmp_path / "out" / "captions")["key"].to_pylist() == ["good.png"]
     assert pq.read_table(tmp_path / "out" / "dead_letters")["key"].to_pylist() == ["bad.png"]
-    assert read_manifest(tmp_path / "out").cluster["CPU"] == 2
+    assert read_manifest(tmp_path / "out").sessions[-1].cluster["CPU"] == 2
 
     (uploaded,) = (head.folder / "session_latest/runtime_resources/working_dir_files").glob("_ray_pkg_*/")
     assert (uploaded / "jobs" / "caption_corpus.py").is_file()
     assert not (uploaded / ".venv").exists(), "what git ignores must not travel"
 
-    again = submit(head, *job)
-    assert again.returncode != 0, "a configuration error fails the submitted job"
-    assert "already holds a run" in again.stdout + again.stderr
+    other = submit(head, *job, "--prompt", "Why?")
+    assert other.returncode != 0, "a configuration error fails the submitted job"
+    assert "--prompt was 'Describe the image.' and is 'Why?'" in other.stdout + other.stderr

@@ -25,7 +25,6 @@ from pipeline.questions import Question, to_json
 from pipeline.stages import EncodeStage, GenerateStage, PartitionStage
 from tests.pictures import picture, saved
 from tests.pipeline import hostile_stages
-from tests.tiny import tiny_llava_next
 
 
 def config(**options: Any) -> Config:
@@ -333,11 +332,6 @@ def test_calls_without_suspects_run_at_once() -> None:
 # Real stages
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llava_next(tmp_path_factory.mktemp("tiny"))
-
-
 def test_every_stage_passes_over_a_row_that_was_given_up(checkpoint: Path) -> None:
     options = config(
         model=str(checkpoint), max_new_tokens=2, dtype="float32", token_budget=0.5, isolated_decoding=False
@@ -446,18 +440,6 @@ def test_other_errors_are_raised_as_they_come() -> None:
 
 
 # In a cluster
-
-
-@pytest.fixture
-def cluster() -> Iterator[None]:
-    import ray
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_worker_niceness", "0")
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-        ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20)
-        yield
-        ray.shutdown()
 
 
 @pytest.mark.ray

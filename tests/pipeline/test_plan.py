@@ -34,7 +34,6 @@ from pipeline.plan import Actual, Plan, against, describe, make_plan, parse_clus
 from pipeline.questions import Question, to_json
 from pipeline.resources import Cluster, settle
 from tests.pictures import picture, saved
-from tests.tiny import tiny_llava_next
 
 SECONDS = st.floats(1e-5, 30)
 
@@ -458,11 +457,6 @@ def test_numbers_are_finite() -> None:
     plan = make_plan(measured, 1000, Cluster(2), start_up_s=0)
     assert all(map(math.isfinite, plan.limits.values()))
     assert plan.bottleneck
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llava_next(tmp_path_factory.mktemp("tiny"))
 
 
 def test_the_real_stages_are_measured_and_a_plan_comes_of_it(checkpoint: Path) -> None:

@@ -21,14 +21,8 @@ from pipeline.questions import to_json
 from pipeline.stages import EncodeStage, GenerateStage, PartitionStage, attempt
 from tests.pictures import picture, png_bomb, saved
 from tests.pipeline.inputs import config
-from tests.tiny import tiny_llava_next
 
 PROMPT = "What does the sign say?"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llava_next(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
