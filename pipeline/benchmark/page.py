@@ -256,7 +256,7 @@ def _plan(section: Any) -> list[str]:
     lines = _head(
         "Plan against actual",
         section,
-        "What `--plan` says of a folder of files after measuring its sample, and what the run that follows takes.",
+        "What `--plan` says of a folder of files after measuring a sample, and what the run then took.",
     )
     if not section:
         return lines

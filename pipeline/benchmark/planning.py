@@ -14,7 +14,7 @@ from pipeline.run import caption_corpus, plan_corpus
 
 
 def measure(subject: Subject) -> dict[str, Any]:
-    """Planned and actual values side by side, as in the run's report; ``error`` is 0.1 for ten percent more."""
+    """Planned and actual values, as in the run's report; ``error`` is 0.1 for ten percent more."""
     with TemporaryDirectory(prefix="benchmark-") as folder, local_cluster(subject):
         config = configuration(subject, written(subject, Path(folder)), Path(folder) / "captions")
         plan = plan_corpus(config)
