@@ -4,7 +4,7 @@
     python jobs/restoring.py --input tasks.parquet --model llava-hf/llava-v1.6-vicuna-7b-hf --output out
 
 Without ``--input`` the questions are about painted scenes that the embedded model has never seen. A parquet
-file needs the columns ``image`` (bytes, or a struct with bytes) and ``question``; ``answer`` (a text, or a
+file needs the columns ``image`` (bytes, or a struct with bytes) and ``question``; ``answers`` (a text, or a
 list whose first is taken), ``task``, ``picture`` and ``key`` may be there. A question without an answer is
 measured by what the model says with all tokens. Writes restoring.md and restoring.png.
 """
@@ -110,7 +110,7 @@ def from_parquet(vlm: hired.VLM, path: Path) -> Iterator[Question]:
 
 
 def _question(vlm: hired.VLM, row: dict[str, Any], number: int) -> Question:
-    image, answer = row["image"], row.get("answer")
+    image, answer = row["image"], row.get("answers")
     try:
         partitions = vlm.partition(image["bytes"] if isinstance(image, dict) else image)
     except ImageError as error:

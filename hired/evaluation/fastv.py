@@ -6,9 +6,6 @@ They keep their places: text and positions are as if nothing had been dropped. N
 
 For comparison only. What is dropped stays in the batch as rows that nobody reads, so nothing is faster here;
 and even done well FastV prefills K layers with everything, which ``mean_visual_tokens`` accounts for.
-
-The same look inside tells how unevenly the language model's attention is spread over the visual tokens: the
-paper's reason to drop most of them (HiRED, Figure 2).
 """
 
 from __future__ import annotations
@@ -23,9 +20,8 @@ from torch import Tensor
 from hired.budget import Budget
 from hired.engine.decoder import Decoder
 from hired.errors import ConfigurationError
-from hired.evaluation.language import CausalAttention, attention, decoder_of, gathered, groups, seen
-from hired.evaluation.likelihood import answer_ids
-from hired.types import Caption, Partitions, VisualTokens
+from hired.evaluation.language import attention, decoder_of, gathered, groups, seen
+from hired.types import Caption, Partitions
 
 if TYPE_CHECKING:
     from hired.engine import Request
@@ -41,12 +37,13 @@ def generate(
     prompts: str | Sequence[str],
     budget: Budget,
     *,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | Sequence[int] = 64,
     num_full_layers: int = NUM_FULL_LAYERS,
 ) -> list[Caption]:
     """Greedy answers, ended by the tokenizer's end of sequence.
 
-    ``budget`` is taken of all visual tokens, newlines included; its alpha has no meaning.
+    One prompt and limit for all or one an image. ``budget`` is taken of all visual tokens, newlines included;
+    its alpha has no meaning.
     ``visual_tokens_kept`` counts those above the first ``num_full_layers``. Raises ConfigurationError where
     the language model has no layer above them, and what ``language.decoder_of`` raises.
     """
@@ -57,10 +54,11 @@ def generate(
             f"language model's {decoder.shape.num_layers} layers give 1 to {decoder.shape.num_layers - 1}"
         )
     asked = [prompts] * len(partitions) if isinstance(prompts, str) else prompts
+    limits = [max_new_tokens] * len(partitions) if isinstance(max_new_tokens, int) else max_new_tokens
     tokens = vlm.encode(partitions, budget=KEEP_ALL, policy="keep-all")
     requests = [
-        vlm.generator.request(image, prompt, max_new_tokens=max_new_tokens)
-        for image, prompt in zip(tokens, asked, strict=True)
+        vlm.generator.request(image, prompt, max_new_tokens=limit)
+        for image, prompt, limit in zip(tokens, asked, limits, strict=True)
     ]
     spans = [_visual(vlm, request, prompt) for request, prompt in zip(requests, asked, strict=True)]
     captions: list[Caption] = []
@@ -74,64 +72,6 @@ def mean_visual_tokens(caption: Caption, num_layers: int, num_full_layers: int =
     """The visual tokens of a FastV answer that a layer saw, a mean over layers: what its prefill costs."""
     above = num_layers - num_full_layers
     return (caption.visual_tokens_full * num_full_layers + caption.visual_tokens_kept * above) / num_layers
-
-
-def attention_shares(
-    vlm: VLM,
-    tokens: Sequence[VisualTokens],
-    prompts: str | Sequence[str],
-    answers: str | Caption | Sequence[str | Caption],
-    *,
-    tops: Sequence[float] = (0.2, 0.4),
-) -> Tensor:
-    """What the most attended visual tokens hold of all attention to visual tokens.
-
-    Float32 ``[images, layers, tops]``; the top 20 % are floor(0.2 * n) tokens of n, at least one. The
-    attention is that of the tokens from which the answer is foretold, the prompt's last and the answer's own,
-    a mean over them and over heads; each layer ranks by its own.
-    """
-    count = len(tokens)
-    asked = [prompts] * count if isinstance(prompts, str) else prompts
-    said = [answers] * count if isinstance(answers, str | Caption) else answers
-    return torch.stack(
-        [
-            _attention_shares(vlm, image, prompt, answer_ids(vlm, answer), tops)
-            for image, prompt, answer in zip(tokens, asked, said, strict=True)
-        ]
-    )
-
-
-@torch.inference_mode()
-def _attention_shares(
-    vlm: VLM, tokens: VisualTokens, prompt: str, ids: Sequence[int], tops: Sequence[float]
-) -> Tensor:
-    decoder = decoder_of(vlm)
-    request = vlm.generator.request(tokens, prompt, max_new_tokens=max(1, len(ids)))
-    request.check_fits(decoder.max_positions)
-    put_in = torch.tensor(ids[:-1], dtype=torch.int64, device=decoder.device)
-    positions = torch.cat([request.positions, request.positions[-1] + 1 + torch.arange(len(put_in))])
-    watching = _Watching(decoder, len(positions), _visual(vlm, request, prompt), max(1, len(ids)))
-    embeddings = torch.cat([request.embeddings, decoder.embed(put_in)])
-    decoder.forward(embeddings, positions.to(decoder.device), watching)
-    by_layer = torch.stack(watching.received).sort(dim=-1, descending=True).values
-    counts = [Budget(rate=top).num_tokens(by_layer.shape[-1]) for top in tops]
-    held = torch.stack([by_layer[:, :n].sum(-1) for n in counts], dim=-1)
-    return (held / by_layer.sum(-1, keepdim=True)).cpu()
-
-
-class _Watching(CausalAttention):
-    """Writes down what the visual tokens of one sequence receive from its last ``num_watched`` tokens."""
-
-    def __init__(self, decoder: Decoder, length: int, visual: slice, num_watched: int) -> None:
-        super().__init__(decoder, [length])
-        self._visual, self._num_watched = visual, num_watched
-        self.received: list[Tensor] = []
-
-    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        watched = queries[-self._num_watched :]
-        mask = seen(len(watched), len(keys), self._windows[layer], queries)
-        self.received.append(attention(watched, keys, mask)[:, self._visual].mean(0))
-        return super().__call__(layer, queries, keys, values)
 
 
 @dataclass(slots=True)
@@ -204,18 +144,21 @@ def _decoded(vlm: VLM, decoder: Decoder, requests: Sequence[Request], pruned: _P
     for request in requests:
         request.check_fits(decoder.max_positions)
     [eos] = vlm.generator.prompts.answer_ids("")
-    limit = requests[0].max_new_tokens
     embeddings = torch.cat([request.embeddings for request in requests])
     positions = torch.cat([request.positions for request in requests])
     pruned.lengths = [len(request) for request in requests]
     answers: list[list[int]] = [[] for _ in requests]
-    for _ in range(limit):
+    while True:
         states = decoder.forward(embeddings, positions.to(decoder.device), pruned)
         last = torch.tensor(pruned.lengths).cumsum(0) - 1
         ids = decoder.logits(states[last.to(states.device)]).argmax(-1)
-        for answer, token_id in zip(answers, ids.tolist(), strict=True):
-            answer.append(token_id)
-        if all(eos in answer for answer in answers):
+        for request, answer, token_id in zip(requests, answers, ids.tolist(), strict=True):
+            if eos not in answer and len(answer) < request.max_new_tokens:
+                answer.append(token_id)
+        if all(
+            eos in answer or len(answer) == request.max_new_tokens
+            for request, answer in zip(requests, answers, strict=True)
+        ):
             break
         positions = positions[last] + 1
         embeddings, pruned.lengths = decoder.embed(ids), [1] * len(requests)

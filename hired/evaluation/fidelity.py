@@ -236,7 +236,7 @@ def page(result: Fidelity, *, command: str, model: str, tolerance: float = TOLER
         "",
         "Against the captions with all tokens, whether those are right or not. Likelihood: that of a token "
         "of keep-all's caption under the tokens that are left, a geometric mean, as a share of what it was "
-        "with all tokens. Brackets: 95 % intervals, images drawn anew.",
+        "with all tokens. In brackets 95 % intervals, images drawn anew.",
         "",
         "| budget | visual tokens | same caption | same words (F1) | likelihood kept |",
         "|---|---|---|---|---|",
@@ -257,20 +257,19 @@ def page(result: Fidelity, *, command: str, model: str, tolerance: float = TOLER
 
 
 def _row(at: AtBudget) -> str:
-    kept, low, high = (
-        f"{math.exp(value):.1%}" for value in (at.change.measured, at.change.low, at.change.high)
-    )
+    change = at.change
+    kept, low, high = (f"{100 * math.exp(value):.1f}" for value in (change.measured, change.low, change.high))
     exact, f1 = at.exact, at.f1
     return (
         f"| {_shown(at.budget)} | {at.mean_tokens:.0f} | "
-        f"{exact.measured:.0%} [{exact.low:.0%}, {exact.high:.0%}] | "
-        f"{f1.measured:.3f} [{f1.low:.3f}, {f1.high:.3f}] | {kept} [{low}, {high}] |"
+        f"{100 * exact.measured:.0f} % ({100 * exact.low:.0f} to {100 * exact.high:.0f}) | "
+        f"{f1.measured:.3f} ({f1.low:.3f} to {f1.high:.3f}) | {kept} % ({low} to {high}) |"
     )
 
 
 def _suggested(result: Fidelity, tolerance: float) -> str:
     budget = result.suggestion(tolerance)
-    limit = f"at least {1 - tolerance:.0%} of the likelihood kept, by the lower end of the interval"
+    limit = f"at least {100 * (1 - tolerance):g} % of the likelihood kept, by the lower end of the interval"
     if budget is None:
         return (
             f"No budget measured here is within the tolerance ({limit}): keep all tokens, or try larger ones."

@@ -31,8 +31,8 @@ def page(results: Sequence[Restoring], *, command: str, model: str, picture: str
             "the answer becomes at least twice as likely, *misleading* where it becomes at most half as "
             "likely. Whatever is given back jolts the model a little, upwards or downwards, so the surplus "
             "of needed over misleading groups says more than their number. A question was *hurt* where "
-            "dropping made its answer at most half as likely as it is with all tokens. Brackets: 95 % "
-            "intervals, pictures drawn anew.",
+            "dropping made its answer at most half as likely as it is with all tokens. In "
+            "brackets 95 % intervals, pictures drawn anew.",
             "",
             "## Questions",
             "",
@@ -86,8 +86,8 @@ def _groups_row(result: Restoring, where: str, groups: Sequence[Group]) -> str:
         return f"| {_budget(result.budget)} | {where} | 0 | | | |"
     gains: NDArray[np.float64] = np.array([group.gain for group in groups])
     return (
-        f"| {_budget(result.budget)} | {where} | {len(groups)} | {(gains >= NEEDED).mean():.2%} | "
-        f"{(gains <= -NEEDED).mean():.2%} | {gains.mean():+.4f} |"
+        f"| {_budget(result.budget)} | {where} | {len(groups)} | {100 * (gains >= NEEDED).mean():.2f} % | "
+        f"{100 * (gains <= -NEEDED).mean():.2f} % | {gains.mean():+.4f} |"
     )
 
 
@@ -108,15 +108,15 @@ def _task_row(result: Restoring, task: str) -> str:
 
 
 def _signed(value: Interval | None) -> str:
-    return "none" if value is None else f"{value.measured:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
+    return "none" if value is None else f"{value.measured:+.3f} ({value.low:+.3f} to {value.high:+.3f})"
 
 
 def _percent(share: Interval) -> str:
-    return f"{share.measured:.0%} [{share.low:.0%}, {share.high:.0%}]"
+    return f"{100 * share.measured:.0f} % ({100 * share.low:.0f} to {100 * share.high:.0f})"
 
 
 def _budget(budget: Budget) -> str:
-    return f"{budget.rate:.0%}" if budget.rate is not None else f"{budget.tokens} tokens"
+    return f"{100 * budget.rate:g} %" if budget.rate is not None else f"{budget.tokens} tokens"
 
 
 def plot(results: Sequence[Restoring], path: Path) -> None:

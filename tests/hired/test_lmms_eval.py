@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -171,9 +172,15 @@ class Request:
         self.args = args
 
 
+@cache
+def loaded(interface: Any, tiny: str, **arguments: Any) -> Any:
+    """A model, loaded once for all tests."""
+    return interface(pretrained=tiny, device="cpu", **arguments)
+
+
 def simple(module: Any, tiny: str, images: list[Any], options: dict[str, Any], **arguments: Any) -> list[Any]:
     """The answers to one question about each of the images."""
-    model = module.HiredSimple(pretrained=tiny, device="cpu", **arguments)
+    model = loaded(module.HiredSimple, tiny, **arguments)
     model.task_dict = {"t": {"test": images}}
     requests = [
         Request("<image>\nWhat?", options, lambda image: [image], i, "t", "test") for i in range(len(images))
@@ -209,7 +216,7 @@ def test_answers_do_not_depend_on_the_batch_and_keep_their_order(
 
 
 def test_text_and_picture_of_a_message_are_asked_like_a_simple_request(model_module: Any, tiny: str) -> None:
-    model = model_module.HiredChat(pretrained=tiny, device="cpu")
+    model = loaded(model_module.HiredChat, tiny)
     model.task_dict = {"t": {"test": [picture()]}}
 
     def messages(image: Image.Image) -> list[dict[str, Any]]:
@@ -249,7 +256,7 @@ def test_several_processes_are_refused(model_module: Any, tiny: str, monkeypatch
 
 
 def test_a_document_without_its_one_picture_is_named(model_module: Any, tiny: str) -> None:
-    model = model_module.HiredSimple(pretrained=tiny, device="cpu")
+    model = loaded(model_module.HiredSimple, tiny)
     model.task_dict = {"pages": {"test": [picture()]}}
     for visuals in ([], [picture(), picture()], ["video.mp4"]):
         request = Request("What?", {}, lambda _, found=visuals: found, 0, "pages", "test")
@@ -258,7 +265,7 @@ def test_a_document_without_its_one_picture_is_named(model_module: Any, tiny: st
 
 
 def test_a_conversation_is_refused(model_module: Any, tiny: str) -> None:
-    model = model_module.HiredChat(pretrained=tiny, device="cpu")
+    model = loaded(model_module.HiredChat, tiny)
     model.task_dict = {"t": {"test": [0]}}
     messages = [{"role": role, "content": []} for role in ("user", "assistant", "user")]
     with pytest.raises(ConfigurationError, match="user, assistant, user"):

@@ -25,22 +25,22 @@ def image(width: int) -> dict[str, object]:
 
 def test_questions_of_a_parquet_file_become_a_page(model: Path, tmp_path: Path) -> None:
     rows = [
-        {"image": image(90 + 10 * i), "question": "What?", "answer": answer, "task": f"task {i % 2}"}
+        {"image": image(90 + 10 * i), "question": "What?", "answers": answer, "task": f"task {i % 2}"}
         for i, answer in enumerate([["a fox", "fox"], ["dog"], None])
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "tasks.parquet")
     arguments = ["--model", str(model), "--input", str(tmp_path / "tasks.parquet"), "--budgets", "0.3"]
     assert restoring.main([*arguments, "--output", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "restoring.md").read_text()
-    assert "| 30% | all | 3 |" in page
-    assert "| 30% | task 1 | 1 |" in page
+    assert "| 30 % | all | 3 |" in page
+    assert "| 30 % | task 1 | 1 |" in page
     assert (tmp_path / "out" / "restoring.png").stat().st_size > 5000
 
 
 def test_painted_scenes_are_asked_about_without_an_input(tmp_path: Path) -> None:
     arguments = ["--questions", "2", "--budgets", "0.05", "--block", "6", "--output", str(tmp_path)]
     assert restoring.main(arguments) == 0
-    assert "| 5% | all | 2 |" in (tmp_path / "restoring.md").read_text()
+    assert "| 5 % | all | 2 |" in (tmp_path / "restoring.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ class TestSuggestion:
     def test_none_fits_is_said(self) -> None:
         text = page(Fidelity("hired", PROMPT, (at(0.2, 0.5, 0.5),), ()), command="x", model="m")
         assert "No budget measured here" in text
-        assert "| 0.2 | 200 | 0% [0%, 0%] | 0.800 [0.800, 0.800] | 50.0% [50.0%, 50.0%] |" in text
+        assert "| 0.2 | 200 | 0 % (0 to 0) | 0.800 (0.800 to 0.800) | 50.0 % (50.0 to 50.0) |" in text
 
 
 @pytest.mark.parametrize(

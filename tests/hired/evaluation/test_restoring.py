@@ -168,10 +168,10 @@ def test_the_page_and_its_picture_say_what_was_found(tmp_path: Path) -> None:
         restored(0.0, 0.1, 1.0, loss=1.0), Restored("k", "chart", "q", -2.0, 0.0, (far,)), restored()
     )
     page = restoring_page.page([found], command="python x", model="m", picture="restoring.png")
-    assert "| 30% | all | 3 | 67% [" in page
-    assert "| 30% | chart | 1 | 100% [100%, 100%] | 100% [100%, 100%] | 0% [0%, 0%] |" in page
-    assert "| 30% | CLS attention of layer 4 | +1.000 [+1.000, +1.000] | +1.000" in page
-    assert "| 30% | in a partition that keeps nothing | 1 | 100.00% | 0.00% | +1.0000 |" in page
-    assert "| 30% | 4 or more patches from a kept token | 0 |" in page
+    assert "| 30 % | all | 3 | 67 % (" in page
+    assert "| 30 % | chart | 1 | 100 % (100 to 100) | 100 % (100 to 100) | 0 % (0 to 0) |" in page
+    assert "| 30 % | CLS attention of layer 4 | +1.000 (+1.000 to +1.000) | +1.000" in page
+    assert "| 30 % | in a partition that keeps nothing | 1 | 100.00 % | 0.00 % | +1.0000 |" in page
+    assert "| 30 % | 4 or more patches from a kept token | 0 |" in page
     restoring_page.plot([found, found], tmp_path / "restoring.png")
     assert Image.open(tmp_path / "restoring.png").width > 400
