@@ -7,9 +7,11 @@ that it can say at any time how it is.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,8 @@ from pipeline.guard import is_fatal
 from pipeline.serve.backend import EngineLoad, ModelCard, Query
 from pipeline.serve.deltas import TextStream
 from pipeline.stages import EncodeStage, GenerateStage, PartitionStage
+
+log = logging.getLogger(__name__)
 
 # Images that are encoded together at most, so that nobody waits for all of a crowd.
 MAX_ENCODE_BATCH = 16
@@ -135,7 +139,8 @@ class EncodeWorker:
             return self._encoder.encode(images, budget=budget, policy=policy)
         except Exception as error:
             if is_fatal(error):
-                self._error = error
+                log.critical("the encoder's device failed", exc_info=error)
+                self._error = error = EngineDeadError("the encoder's device failed; start it again")
             elif len(images) > 1 and not isinstance(error, ConfigurationError):
                 return [self._attempt([image], budget, policy)[0] for image in images]
             return [error] * len(images)
@@ -165,7 +170,7 @@ class GenerateWorker:
         news: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
 
         def tell(piece: Piece | Exception | None) -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop is closed: this process ends
                 loop.call_soon_threadsafe(news.put_nowait, piece)
 
         cancel = self._generator.listen(
@@ -176,6 +181,7 @@ class GenerateWorker:
             stop=query.stop,
             sampling=query.sampling,
         )
+        self._gauge()
         text = TextStream(self._generator.prompts.decode, query.stop)
         try:
             while True:
@@ -190,12 +196,19 @@ class GenerateWorker:
                     return
         finally:
             cancel()
+            self._gauge()
 
     def check_health(self) -> None:
         """Raises EngineDeadError once the engine is."""
         error = getattr(self._generator.engine, "error", None)
         if error is not None:
             raise error
+
+    def _gauge(self) -> None:
+        load = self.load()
+        metrics.engine(
+            running=load.running, waiting=load.waiting, places_free=load.places_free, places=load.places
+        )
 
     def load(self) -> EngineLoad:
         """What the engine holds."""

@@ -45,7 +45,7 @@ def partitions() -> Partitions:
 
 @pytest.fixture(scope="module")
 def tokens(partitions: Partitions) -> VisualTokens:
-    return hired.load("embedded", device="cpu").encode([partitions], budget=BUDGET)[0]
+    return hired.load("embedded", device="cpu", dtype="float32").encode([partitions], budget=BUDGET)[0]
 
 
 class SlowEncoder:
@@ -91,7 +91,9 @@ def test_images_that_arrive_while_one_is_encoded_share_the_next_batch(
 ) -> None:
     results = asyncio.run(first_and_others(encoder, slow, [(partitions, BUDGET, "hired")] * 5))
     assert [size for size, _, _ in slow.batches] == [1, 5]
-    assert all(torch.equal(result.features, tokens.features) for result in results)
+    for result in results:
+        assert torch.equal(result.patch, tokens.patch)
+        assert torch.allclose(result.features, tokens.features, atol=1e-4)
 
 
 def test_those_that_keep_otherwise_have_a_pass_of_their_own(
@@ -141,9 +143,9 @@ def test_a_device_that_failed_makes_the_worker_ill(
 
     monkeypatch.setattr(encoder, "_encoder", Broken())
     monkeypatch.setattr(encoder, "_error", None)
-    with pytest.raises(torch.AcceleratorError):
+    with pytest.raises(EngineDeadError):
         asyncio.run(encoder.encode(partitions, BUDGET, "hired"))
-    with pytest.raises(torch.AcceleratorError):
+    with pytest.raises(EngineDeadError):
         encoder.check_health()
 
 
