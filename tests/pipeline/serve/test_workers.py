@@ -215,6 +215,27 @@ def test_texts_join_to_the_caption_and_may_be_left_out(
     assert asyncio.run(whole(generator.stream(query, [tokens], in_parts=False))) == ("", caption)
 
 
+def test_with_many_streams_several_tokens_travel_as_one(
+    generator: GenerateWorker, tokens: VisualTokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first text comes at once, the others together at the end: there is time for no more."""
+    monkeypatch.setattr(generator, "_parts_per_s", 1e-3)
+
+    async def said() -> list[str | Caption]:
+        return [
+            each
+            async for each in generator.stream(Query(about_one_image("Describe the image."), 20), [tokens])
+        ]
+
+    first, rest, caption = asyncio.run(said())
+    assert isinstance(caption, Caption)
+    assert isinstance(first, str)
+    assert isinstance(rest, str)
+    assert caption.text.startswith(first)
+    assert len(first) < len(rest)
+    assert first + rest == caption.text
+
+
 def test_a_prompt_about_other_images_is_the_callers_error(
     generator: GenerateWorker, tokens: VisualTokens
 ) -> None:
