@@ -231,16 +231,18 @@ def endpoint(options: Sequence[str]) -> Iterator[str]:
             process.kill()
 
 
-async def measured(url: str, clients: int, seconds: float, max_tokens: int) -> list[dict[str, Any]]:
+async def measured(
+    url: str, clients: int, seconds: float, max_tokens: int, shortest_s: float = 5.0
+) -> list[dict[str, Any]]:
     """One client alone, many, and four times the requests that the many were answered."""
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=300)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         load = Load(session, f"{url}/v1/chat/completions", bodies(ROOT / "examples" / "scenes", max_tokens))
-        alone = await load.closed("one at a time", 1, max(5.0, seconds / 4))
+        alone = await load.closed("one at a time", 1, max(shortest_s, seconds / 4))
         many = await load.closed(f"{clients} clients", clients, seconds)
         rate = OVERLOAD * max(many["answers_per_s"], 0.1)
-        too_many = await load.open(f"{OVERLOAD}x overload", rate, max(5.0, seconds / 2))
+        too_many = await load.open(f"{OVERLOAD}x overload", rate, max(shortest_s, seconds / 2))
         return [alone, many, too_many]
 
 

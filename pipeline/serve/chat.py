@@ -150,6 +150,8 @@ class Chat:
             data = await self._source.read(image.url)
             return await self._backend.see(data, image.budget, policy)
         except Exception as error:
+            if isinstance(error, ConfigurationError) and policy != self._settings.policy:
+                raise invalid(str(error), "hired.policy") from error  # one that only Python can make
             explained = errors.of_image(error, image.param)
             if explained is None:
                 raise

@@ -101,8 +101,8 @@ class Encode:
 class Generate:
     """Answers."""
 
-    def __init__(self, config: Config) -> None:
-        self._worker = GenerateWorker(config)
+    def __init__(self, config: Config, parts_per_s: float) -> None:
+        self._worker = GenerateWorker(config, parts_per_s)
 
     async def stream(
         self, query: Query, images: Sequence[VisualTokens], in_parts: bool
@@ -250,9 +250,11 @@ def application(settings: Settings, keys: Keys) -> serve.Application:
     return _deployment(serve.ingress()(Ingress), settings.ingress, settings, in_flight + SPARE_REQUESTS).bind(
         settings,
         keys,
-        _stage(Partition, settings.partition, settings, config, IMAGES_AHEAD),
-        _stage(Encode, settings.encode, settings, config, 2 * MAX_ENCODE_BATCH),
-        _stage(Generate, settings.generate, settings, config, in_flight + SPARE_REQUESTS),
+        _deployment(Partition, settings.partition, settings, IMAGES_AHEAD).bind(config),
+        _deployment(Encode, settings.encode, settings, 2 * MAX_ENCODE_BATCH).bind(config),
+        _deployment(Generate, settings.generate, settings, in_flight + SPARE_REQUESTS).bind(
+            config, settings.generate.parts_per_s
+        ),
     )
 
 
@@ -277,10 +279,6 @@ def settled(settings: Settings, num_cpus: float, num_gpus: float) -> Settings:
             update={name: value for name, value in given.items() if getattr(replicas, name) is None}
         )
     return settings.model_copy(update=update)
-
-
-def _stage(worker: type, replicas: Replicas, settings: Settings, config: Config, ongoing: int) -> Any:
-    return _deployment(worker, replicas, settings, ongoing).bind(config)
 
 
 def _deployment(worker: type, replicas: Replicas, settings: Settings, ongoing: int) -> Any:

@@ -43,6 +43,9 @@ class GenerateReplicas(Replicas):
     target_requests: float = Field(
         32, gt=0, description="requests a process should have in hand; more than that add one"
     )
+    parts_per_s: float = Field(
+        150, gt=0, description="texts a second for all streams together, each of one token or of several"
+    )
 
 
 class Limits(Tree):

@@ -7,17 +7,20 @@ that it can say at any time how it is.
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hired.budget import Budget
-from hired.errors import ConfigurationError, EngineDeadError
+from hired.errors import ConfigurationError, EngineDeadError, GenerationError
 from hired.generator import Piece
 from hired.types import Caption, Partitions, VisualTokens
 from pipeline import metrics
@@ -27,8 +30,15 @@ from pipeline.serve.backend import EngineLoad, ModelCard, Query
 from pipeline.serve.deltas import TextStream
 from pipeline.stages import EncodeStage, GenerateStage, PartitionStage
 
+log = logging.getLogger(__name__)
+
 # Images that are encoded together at most, so that nobody waits for all of a crowd.
 MAX_ENCODE_BATCH = 16
+# Texts a second for all streams of a worker together: each takes 3 ms of a CPU on its way through two more
+# processes, so with many streams several tokens travel as one.
+PARTS_PER_S = 150.0
+
+News: TypeAlias = Piece | Exception | None
 
 
 class PartitionWorker:
@@ -135,7 +145,8 @@ class EncodeWorker:
             return self._encoder.encode(images, budget=budget, policy=policy)
         except Exception as error:
             if is_fatal(error):
-                self._error = error
+                log.critical("the encoder's device failed", exc_info=error)
+                self._error = error = EngineDeadError("the encoder's device failed; start it again")
             elif len(images) > 1 and not isinstance(error, ConfigurationError):
                 return [self._attempt([image], budget, policy)[0] for image in images]
             return [error] * len(images)
@@ -153,19 +164,48 @@ def _answer(waiting: asyncio.Future[VisualTokens], result: VisualTokens | Except
 class GenerateWorker:
     """Answers all requests together: one engine, whose batch they join and leave between two steps."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, parts_per_s: float = PARTS_PER_S) -> None:
         self._generator = GenerateStage(config).generator
+        self._parts_per_s = parts_per_s
         self._name = metrics.worker()
+        self._num_streams = 0
 
     async def stream(
         self, query: Query, images: Sequence[VisualTokens], in_parts: bool = True
     ) -> AsyncGenerator[str | Caption, None]:
-        """See ``Backend.stream``. What comes while the listener is busy is told at once."""
-        loop = asyncio.get_running_loop()
-        news: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+        """See ``Backend.stream``. The first text comes at once, later ones as ``parts_per_s`` allows."""
+        news, cancel = self._asked(query, images)
+        text, unsent, next_s = TextStream(self._generator.prompts.decode, query.stop), "", 0.0
+        self._num_streams += in_parts
+        try:
+            while True:
+                piece = _heard(await news.get())
+                if piece.token_id is not None and in_parts:
+                    unsent += text.add(piece.token_id)
+                if piece.caption is not None:
+                    caption = _raised(piece.caption)
+                    if in_parts and (unsent := unsent + text.finish(caption.text)):
+                        yield unsent
+                    yield caption
+                    return
+                now_s = time.monotonic()
+                if unsent and now_s >= next_s:
+                    yield unsent
+                    unsent, next_s = "", now_s + self._num_streams / self._parts_per_s
+        finally:
+            self._num_streams -= in_parts
+            cancel()
+            self._gauge()
 
-        def tell(piece: Piece | Exception | None) -> None:
-            if not loop.is_closed():
+    def _asked(
+        self, query: Query, images: Sequence[VisualTokens]
+    ) -> tuple[asyncio.Queue[News], Callable[[], None]]:
+        """Where the answer's pieces arrive, and what cancels it."""
+        loop = asyncio.get_running_loop()
+        news: asyncio.Queue[News] = asyncio.Queue()
+
+        def tell(piece: News) -> None:
+            with suppress(RuntimeError):  # the loop is closed: this process ends
                 loop.call_soon_threadsafe(news.put_nowait, piece)
 
         cancel = self._generator.listen(
@@ -176,26 +216,20 @@ class GenerateWorker:
             stop=query.stop,
             sampling=query.sampling,
         )
-        text = TextStream(self._generator.prompts.decode, query.stop)
-        try:
-            while True:
-                pieces = [await news.get()]
-                while not news.empty():
-                    pieces.append(news.get_nowait())
-                delta, end = _told(pieces, text, in_parts)
-                if delta:
-                    yield delta
-                if end is not None:
-                    yield end
-                    return
-        finally:
-            cancel()
+        self._gauge()
+        return news, cancel
 
     def check_health(self) -> None:
         """Raises EngineDeadError once the engine is."""
         error = getattr(self._generator.engine, "error", None)
         if error is not None:
             raise error
+
+    def _gauge(self) -> None:
+        load = self.load()
+        metrics.engine(
+            running=load.running, waiting=load.waiting, places_free=load.places_free, places=load.places
+        )
 
     def load(self) -> EngineLoad:
         """What the engine holds."""
@@ -207,20 +241,16 @@ class GenerateWorker:
         )
 
 
-def _told(
-    pieces: Sequence[Piece | Exception | None], text: TextStream, in_parts: bool
-) -> tuple[str, Caption | None]:
-    """The new text, and the caption if the answer has ended; raises its error."""
-    delta = ""
-    for piece in pieces:
-        if isinstance(piece, Exception):
-            raise piece
-        if piece is None:
-            raise EngineDeadError("the answer ended without a caption")
-        if piece.token_id is not None and in_parts:
-            delta += text.add(piece.token_id)
-        if isinstance(piece.caption, Exception):
-            raise piece.caption
-        if piece.caption is not None:
-            return delta + (text.finish(piece.caption.text) if in_parts else ""), piece.caption
-    return delta, None
+def _heard(news: News) -> Piece:
+    """Raises what ended the answer without a piece."""
+    if isinstance(news, Exception):
+        raise news
+    if news is None:
+        raise EngineDeadError("the answer ended without a caption")
+    return news
+
+
+def _raised(caption: Caption | GenerationError) -> Caption:
+    if isinstance(caption, GenerationError):
+        raise caption
+    return caption

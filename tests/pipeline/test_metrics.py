@@ -19,6 +19,8 @@ from pipeline.progress import UnitTotals
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 NAMES = {metric.name for metric in METRICS}
+# Those that only an endpoint tells.
+ENDPOINT = {metric.name for metric in METRICS if metric.told_by in ("ingress", "encode workers")}
 UNIT = UnitTotals(
     rows=10,
     captions=7,
@@ -133,6 +135,9 @@ def test_every_metric_can_be_told(recorder: Recorder) -> None:
     metrics.in_flight(3)
     metrics.worker_died("encode")
     metrics.engine(running=4, waiting=2, places_free=300, places=1000)
+    for name in ENDPOINT:
+        [labels] = [metric.labels for metric in METRICS if metric.name == name]
+        metrics.tell(name, 1, **dict.fromkeys(labels, "a"))
     assert {name for name, _, _ in recorder.told} == NAMES
     assert recorder.total("hired_kv_cache_tokens", state="held") == 700
 
@@ -171,10 +176,13 @@ ray.get(worker.call.remote())
 metrics.committed(UnitTotals(3, 2, {"read: OSError": 1}, 200, 40, 20), 0.2)
 metrics.in_flight(5)
 metrics.worker_died("generate")
+for metric in metrics.METRICS:
+    if metric.told_by in ("ingress", "encode workers"):  # an endpoint's
+        metrics.tell(metric.name, 1, **dict.fromkeys(metric.labels, "a"))
 port = ray.nodes()[0]["MetricsExportPort"]
 deadline = time.monotonic() + 60
 text = ""
-while time.monotonic() < deadline and not ("hired_stage_rows" in text and "hired_rows_total" in text):
+while time.monotonic() < deadline and not ("hired_stage_rows" in text and "hired_requests_total" in text):
     time.sleep(1)
     text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
 print("\\n".join(line for line in text.splitlines() if "hired_" in line))

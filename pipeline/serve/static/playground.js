@@ -187,7 +187,7 @@ function giveUp(error) {
   if (!state.sight) forgetTiles();
   state.stale = false; // the same would fail the same way
   if (error.waitS) timer = setTimeout(look, 1000 * error.waitS);
-  failed(error);
+  failed(error.param === "image_url" ? new Refusal(`${state.picture.name}: ${error.message}`) : error);
 }
 
 const showsAttention = () => document.querySelector('input[name="view"]:checked').value === "attention";

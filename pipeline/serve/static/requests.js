@@ -1,9 +1,10 @@
 // What goes to the server and comes back. Addresses are relative, so a proxy may add a path.
 
-/** What the server or this page has to say against a request; the server may ask to wait. */
+/** What the server or this page has to say against a request: about its part ``param``, or to wait ``waitS``. */
 export class Refusal extends Error {
-  constructor(message, waitS = 0) {
+  constructor(message, { param = null, waitS = 0 } = {}) {
     super(waitS ? `${message.replace(/[^.]$/, "$&.")} Try again in ${waitS} s.` : message);
+    this.param = param;
     this.waitS = waitS;
   }
 }
@@ -34,7 +35,7 @@ export async function request(path, { key, body, signal } = {}) {
   if (response.status === 401) throw new KeyRefusal(key);
   const { error } = await response.json().catch(() => ({})); // its own words name what is wrong and the mend
   const message = error?.message ?? `The server answered with status ${response.status}.`;
-  throw new Refusal(message, Number(response.headers.get("Retry-After") ?? 0));
+  throw new Refusal(message, { param: error?.param, waitS: Number(response.headers.get("Retry-After") ?? 0) });
 }
 
 /** The JSON of each event of a stream, until it ends as it should. */

@@ -149,6 +149,18 @@ def test_a_prompt_that_does_not_fit_the_context_is_the_clients_error(endpoint: h
     assert error["code"] == "context_length_exceeded"
 
 
+def test_every_policy_that_may_be_named_keeps_something_or_is_refused_by_name(endpoint: httpx.Client) -> None:
+    statuses = {}
+    for policy in SETTINGS.allowed_policies:
+        body = asked(PICTURES[1], max_tokens=1, hired={"policy": policy})
+        answer = endpoint.post(CHAT, json=body)
+        statuses[policy] = answer.status_code
+        if answer.status_code == 400:
+            assert answer.json()["error"]["param"] == "hired.policy"
+    assert set(statuses.values()) <= {200, 400}, statuses
+    assert statuses["hired"] == statuses["keep-all"] == 200
+
+
 def test_image_tokens_cannot_be_smuggled_in(endpoint: httpx.Client) -> None:
     answer = endpoint.post(CHAT, json=asked(PICTURES[0], prompt="Look: <image>"))
     assert answer.status_code == 400

@@ -17,7 +17,7 @@ from tests.pipeline.serve.chats import SCENES, asked
 from tests.pipeline.serve.servers import FakeBackend, Servers
 
 CHAT = "/v1/chat/completions"
-EXAMPLES = 80
+EXAMPLES = 50
 
 
 def test_the_hostile_corpus_gets_an_answer_each(endpoint: httpx.Client, corpus: Path) -> None:

@@ -361,7 +361,9 @@ def test_an_answer_that_breaks_off_is_told_and_no_empty_one(page: Visit) -> None
 
 def test_what_is_no_picture_is_told_in_the_servers_words(page: Visit) -> None:
     page.choose(SCENES / "broken-no-picture.jpg")
-    expect(page.page.get_by_role("alert")).to_contain_text("not an image in a supported format")
+    expect(page.page.get_by_role("alert")).to_contain_text(
+        "broken-no-picture.jpg: not an image in a supported format"
+    )
     expect(page.page.locator("figure")).to_have_count(0)
     page.ask("What is it?")
     expect(page.page.locator("article")).to_contain_text("No answer.")
