@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup caption bench test check docs clean
+.PHONY: help setup caption bench evaluate test check docs clean
 
 # The first that runs and fits: a name on the PATH may be a version manager's shim for one that is not there.
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
@@ -50,6 +50,9 @@ check: $(READY) ## formatting, lint, types, and the layers of imports
 bench: $(READY) ## token budgets, engines and stages side by side, on the embedded model; into docs/results
 	$(BIN)/python jobs/benchmark.py --model embedded --input examples/scenes \
 	  --sections engine encoder stages --output docs/results
+
+evaluate: $(READY) ## every policy and budget on the drawn tasks, for an hour or more; into docs/results/accuracy
+	$(BIN)/python jobs/evaluate.py --profile full
 
 docs: $(READY) ## write docs/configuration.md and the README's figures anew
 	$(BIN)/python -m pipeline.config > docs/configuration.md

@@ -57,7 +57,8 @@ def test_a_killed_evaluation_goes_on_and_its_page_is_of_all_answers(
 ) -> None:
     work, output = tmp_path / "work", tmp_path / "results"
     arguments = [
-        f"--model={checkpoint}", "--profile=small", "--pictures=4", "--questions=1", "--chunk=1", "--draws=100",
+        f"--model={checkpoint}", "--profile=small", "--pictures=4", "--questions=1", "--chunk=1",
+        "--draws=100",
         "--sections", "table", "attention", "--attention-pictures=2", "--device=cpu", "--actors=1",
         f"--work={work}", f"--output={output}",
     ]  # fmt: skip
