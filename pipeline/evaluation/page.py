@@ -84,7 +84,7 @@ def _conclusions(record: Record) -> Iterator[str]:
 def _best(table: Record, best: Record, hired: Record) -> str:
     if best["mean"][0] <= hired["mean"][0]:
         return "No other policy has a higher mean."
-    difference = table["differences"]["hired"][f"{best['name']} at {best['rate']:g}"]["mean"]
+    difference = table["differences"][f"{best['name']} at {best['rate']:g}"]["mean"]
     certain = "an order that the interval supports" if excludes_zero(difference) else "which may be chance"
     return (
         f"The highest mean is that of `{best['name']}`, {_percent(best['mean'])}: {_points(difference)} "
@@ -96,7 +96,7 @@ def _losses(table: Record, rate: float) -> str:
     """Where HiRED does not beat the controls."""
     words = []
     for control in CONTROLS:
-        cell = table["differences"].get("hired", {}).get(f"{control} at {rate:g}")
+        cell = table["differences"].get(f"{control} at {rate:g}")
         if cell is None:
             continue
         worse = [name for name, triple in cell["tasks"].items() if triple[1] > 0]
@@ -194,7 +194,7 @@ def _without_easy(table: Record) -> list[str]:
 
 
 def _differences(table: Record) -> list[str]:
-    if "hired" not in table["differences"]:
+    if not table["differences"]:
         return []
     lines = [
         "## Against HiRED",
@@ -203,7 +203,7 @@ def _differences(table: Record) -> list[str]:
         "interval leaves out zero.",
         "",
     ]
-    rates, cells = _rates(table), table["differences"]["hired"]
+    rates, cells = _rates(table), table["differences"]
     names = [name for name in _names(table) if name != "hired"]
     rows = []
     for name in names:
