@@ -26,8 +26,8 @@ Triple: TypeAlias = tuple[float, float, float]
 HIRED = "hired"
 # Fewer items than this say nothing about what is left when the easy ones are taken away.
 FEWEST = 20
-# Of its budget; a policy that sends less is named on the page.
-USED = 0.98
+# A policy that sends so much more or less than its budget is named on the page.
+TOLERATED = 0.01
 
 
 @dataclass(frozen=True, slots=True, eq=False)
