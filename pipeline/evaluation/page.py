@@ -317,7 +317,8 @@ def _attention(section: Record, pictures: Mapping[str, str]) -> list[str]:
         rows.append([f"the paper, top {_whole(share)}", *map(str, numbers)])
     lines += [
         "Where the patches lie that CLS attends to most, over all partitions, in the "
-        f"{section['of_grid']} pictures of two by two sub-images. Beside it the paper's table 2, of some 2,880 tokens an image.",
+        f"{section['of_grid']} pictures of two by two sub-images. Beside it the paper's table 2, of some "
+        "2,880 tokens an image.",
         "",
         *_table(("", *paper.PARTITIONS), rows),
         "",
