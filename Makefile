@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup caption serve bench chaos scale test check docs clean
+.PHONY: help setup caption serve bench chaos scale evaluate test check docs clean
 
 # The first that runs and fits: a name on the PATH may be a version manager's shim for one that is not there.
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
@@ -67,6 +67,9 @@ chaos: $(READY) ## kill captioning runs in 20 ways and compare keys; into docs/r
 
 scale: $(READY) ## a million rows with models that cost nothing; into docs/results
 	$(BIN)/python jobs/scale.py --rows 1000000 --output docs/results
+
+evaluate: $(READY) ## every policy and budget on the drawn tasks, for an hour or more; into docs/results/accuracy
+	$(BIN)/python jobs/evaluate.py --profile full
 
 docs: $(READY) ## write docs/configuration.md and the README's figures anew
 	$(BIN)/python -m pipeline.config > docs/configuration.md

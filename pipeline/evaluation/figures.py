@@ -23,10 +23,11 @@ Array: TypeAlias = NDArray[np.float64]
 Key: TypeAlias = tuple[str, float]
 Triple: TypeAlias = tuple[float, float, float]
 
+HIRED = "hired"
 # Fewer items than this say nothing about what is left when the easy ones are taken away.
 FEWEST = 20
-# Of its budget; a policy that sends less is named on the page.
-USED = 0.98
+# A policy that sends so much more or less than its budget is named on the page.
+TOLERATED = 0.01
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,11 +105,7 @@ def table(answers: Answers, draws: int) -> dict[str, Any]:
     }
     _fill(record["arms"], answers, arms, "tasks", "mean", draws, np.ones(len(easy), bool))
     _fill(record["arms"], answers, arms, "tasks_without_easy", "mean_without_easy", draws, ~easy)
-    record["differences"] = {
-        other: differences(answers, [key for key in arms if key[0] not in (other, KEEP_ALL)], other, draws)
-        for other in ("hired",)
-        if any(name == other for name, _ in arms)
-    }
+    record["differences"] = differences(answers, arms, draws)
     return record
 
 
@@ -119,24 +116,24 @@ def ablations(answers: Answers, rate: float, draws: int) -> dict[str, Any]:
     everything = [(KEEP_ALL, 1.0), *arms]
     record["arms"][_name(everything[0])] = _tokens(answers, everything[0])
     _fill(record["arms"], answers, everything, "tasks", "mean", draws, np.ones(len(answers.tasks), bool))
-    record["differences"] = differences(answers, [key for key in arms if key[0] != "hired"], "hired", draws)
+    record["differences"] = differences(answers, arms, draws)
     record["items"], record["pictures"] = len(answers.tasks), len(set(answers.pictures))
     return record
 
 
-def differences(answers: Answers, arms: Sequence[Key], other: str, draws: int) -> dict[str, Any]:
-    """Each arm less ``other`` at the same budget, by task and in the mean over tasks."""
-    pairs = [key for key in arms if (other, key[1]) in answers.scores]
+def differences(answers: Answers, arms: Sequence[Key], draws: int) -> dict[str, Any]:
+    """Each arm less HiRED at the same budget, where it is there: by task and in the mean over tasks."""
+    pairs = [key for key in arms if key[0] != HIRED and (HIRED, key[1]) in answers.scores]
     found: dict[str, Any] = {_name(key): {"tasks": {}} for key in pairs}
     for task, member, bootstrap in _by_task(answers, draws):
         statistics = [
-            mean(answers.scores[key][member] - answers.scores[other, key[1]][member]) for key in pairs
+            mean(answers.scores[key][member] - answers.scores[HIRED, key[1]][member]) for key in pairs
         ]
         for key, interval in zip(pairs, bootstrap.intervals(statistics), strict=True):
             found[_name(key)]["tasks"][task] = _triple(interval)
     bootstrap = Bootstrap(answers.pictures, answers.tasks, num_draws=draws)
     over_all = [
-        mean_over_tasks(answers.scores[key] - answers.scores[other, key[1]], answers.tasks) for key in pairs
+        mean_over_tasks(answers.scores[key] - answers.scores[HIRED, key[1]], answers.tasks) for key in pairs
     ]
     for key, interval in zip(pairs, bootstrap.intervals(over_all), strict=True):
         found[_name(key)]["mean"] = _triple(interval)

@@ -61,7 +61,8 @@ def curves(table: Record) -> dict[str, list[Record]]:
 
 
 def _style(number: int, name: str) -> dict[str, Any]:
-    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    # Without the reds and greys, which are taken.
+    colours = [c for i, c in enumerate(plt.get_cmap("tab20").colors) if i not in (6, 7, 14, 15)]  # type: ignore[attr-defined]
     return {
         "color": _STRONG.get(name, colours[number % len(colours)]),
         "marker": _MARKERS[number % len(_MARKERS)],
@@ -87,11 +88,11 @@ def _pareto_tokens(record: Record) -> Figure:
             [_sent(arm) for arm in arms], means[:, 0], yerr=errors, capsize=2, elinewidth=0.7,
             **_style(number, name),
         )  # fmt: skip
-    for name, words in ((KEEP_ALL, "all tokens"), (FULL_IMAGE, "full-image alone")):
+    for name, words, above in ((KEEP_ALL, "all tokens", 7), (FULL_IMAGE, "full-image alone", -16)):
         arm = table["arms"][f"{name} at 1"]
         axes.scatter([_sent(arm)], [arm["mean"][0] * 100], color="black", zorder=4, s=24)
         axes.annotate(
-            words, (_sent(arm), arm["mean"][0] * 100), (0, 7), textcoords="offset points", ha="center"
+            words, (_sent(arm), arm["mean"][0] * 100), (0, above), textcoords="offset points", ha="center"
         )
     _finish(axes, "tokens an image that reached the language model, newlines included", "mean over tasks, %")
     axes.set_xscale("log")

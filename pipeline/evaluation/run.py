@@ -131,7 +131,7 @@ def _surroundings(options: Options, command: str, worker: Worker, pictures: list
         "pictures": len(pictures),
         "items": sum(len(picture.items) for picture in pictures),
         "policies": list(wanted.policies),
-        "left_out": {name: why for name, why in CANNOT.items() if options.model == "embedded"},
+        "left_out": CANNOT,
         "budgets": list(wanted.budgets),
         "random_seeds": wanted.random_seeds,
         "draws": options.draws,
