@@ -44,7 +44,7 @@ MEDIA_TYPES = {".jpg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
 # Refused requests are part of the design; anything else is a failure.
 REFUSALS = (429, 503)
 OVERLOAD = 4
-WARM_UP_S = 5.0
+WARM_UP_S = 10.0
 START_TIMEOUT_S = 600.0
 
 
