@@ -224,7 +224,7 @@ def _tokens(table: Record, pictures: Mapping[str, str]) -> list[str]:
         if abs(arm["budget_used"] - 1) > TOLERATED
     ]
     if unused:
-        lines += [f"{'; '.join(unused)}. All others use theirs exactly.", ""]
+        lines += [f"{'; '.join(unused)}. All others are within 1 % of theirs.", ""]
     theirs = "; ".join(f"{name} {tokens}" for name, tokens in paper.FIGURE_5.items())
     return [*lines, f"The paper's figure 5, on TextVQA with LLaVA-NeXT-7B: {theirs}.", ""]
 
