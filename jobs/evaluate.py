@@ -2,6 +2,7 @@
 
     python jobs/evaluate.py --profile full --output docs/results/accuracy
     python jobs/evaluate.py --model FOLDER --tasks textvqa.parquet=textvqa --output results
+    python jobs/evaluate.py --fidelity --input PHOTOS --output fidelity    # as jobs/fidelity.py, with its options
 
 Answers are kept below ``--work`` chunk by chunk, so a run that was ended goes on where it was.
 """
@@ -22,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, where nothing is installed
 
 from hired.errors import ConfigurationError
+from jobs import fidelity
 from pipeline.evaluation.answers import Interrupted
 from pipeline.evaluation.options import PROFILES, SECTIONS, Options
 from pipeline.evaluation.run import run, write_page
@@ -61,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     arguments = sys.argv[1:] if arguments is None else arguments
+    if "--fidelity" in arguments:
+        return fidelity.main([each for each in arguments if each != "--fidelity"])
     command = shlex.join(["python", "jobs/evaluate.py", *arguments])
     try:
         with redirect_stdout(sys.stderr):  # Ray prints its workers' words to stdout

@@ -43,6 +43,11 @@ def test_wrong_options_name_the_mend(
     assert not (tmp_path / "results").exists()
 
 
+def test_fidelity_is_the_other_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--fidelity", f"--input={tmp_path / 'absent'}", f"--output={tmp_path / 'out'}"]) == 2
+    assert "no such file or folder" in capsys.readouterr().err
+
+
 def test_drawn_tasks_are_written_as_files(tmp_path: Path) -> None:
     assert main([f"--write-tasks={tmp_path}", "--pictures=7"]) == 0
     assert {path.stem for path in tmp_path.iterdir()} >= {"pages", "signs", "captions", "presence"}
