@@ -2,7 +2,7 @@
 
     python jobs/evaluate.py --profile full --output docs/results/accuracy
     python jobs/evaluate.py --model FOLDER --tasks textvqa.parquet=textvqa --output results
-    python jobs/evaluate.py --fidelity --input PHOTOS --output fidelity    # as jobs/fidelity.py, with its options
+    python jobs/evaluate.py --fidelity --input PHOTOS --output fidelity    # jobs/fidelity.py
 
 Answers are kept below ``--work`` chunk by chunk, so a run that was ended goes on where it was.
 """
