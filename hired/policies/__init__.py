@@ -28,6 +28,7 @@ _REGISTRY: dict[str, str | Callable[[], Policy]] = {
     "hired": "hired.policies.hired:Hired",
     "hired-reference": "hired.policies.hired_reference:HiredReference",
     "hired-scope": "hired.policies.hired_scope:HiredScope",
+    "hired-spread": "hired.policies.hired_spread:HiredSpread",
     "keep-all": "hired.policies.keep_all:KeepAll",
     "pool": "hired.policies.pool:Pool",
     "prumerge": "hired.policies.prumerge:PruMerge",

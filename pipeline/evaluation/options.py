@@ -10,7 +10,7 @@ from hired.errors import ConfigurationError
 SECTIONS = ("table", "ablations", "attention")
 POLICIES = (
     *("keep-all", "random", "grid", "pool", "thumbnail", "hired", "hired-reference", "prumerge"),
-    *("prumerge+", "visionzip", "divprune", "scope", "hired-scope"),
+    *("prumerge+", "visionzip", "divprune", "scope", "hired-scope", "hired-spread"),
 )
 # The test split's seed and the tuning split's are never the same, whatever --seed says.
 TUNING = 1_000_000

@@ -87,8 +87,8 @@ def counts(policy: Policy, seen: Candidates) -> list[int]:
 class TestRegistry:
     def test_it_names_the_policies(self) -> None:
         assert policies.names() == (
-            "cdpruner", "divprune", "grid", "hired", "hired-reference", "hired-scope", "keep-all", "pool",
-            "prumerge", "prumerge+", "random", "scope", "thumbnail", "visionzip",
+            "cdpruner", "divprune", "grid", "hired", "hired-reference", "hired-scope", "hired-spread", "keep-all",
+            "pool", "prumerge", "prumerge+", "random", "scope", "thumbnail", "visionzip",
         )  # fmt: skip
 
     @pytest.mark.parametrize("name", [name for name in policies.names() if name != "cdpruner"])
@@ -97,7 +97,7 @@ class TestRegistry:
 
     def test_an_unknown_name_is_refused_with_the_known_ones(self) -> None:
         with pytest.raises(
-            ConfigurationError, match=r"'hierd'.*hired, hired-reference, hired-scope, keep-all"
+            ConfigurationError, match=r"'hierd'.*hired, hired-reference, hired-scope, hired-spread, keep-all"
         ):
             policies.get("hierd")
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import hired
+from hired.errors import PromptError
 from hired.vlm import resolve
 from tests.tiny import tiny_llava_next
 
@@ -57,7 +58,7 @@ def test_the_first_rows_error_is_raised(vlm: hired.VLM) -> None:
     with pytest.raises(hired.GenerationError, match="<image>"):
         vlm.generate(tokens, prompts, max_new_tokens=limits)
     answers = vlm.generator.generate(tokens, prompts, max_new_tokens=limits)
-    assert [type(answer) for answer in answers] == [hired.Caption, hired.GenerationError, hired.CapacityError]
+    assert [type(answer) for answer in answers] == [hired.Caption, PromptError, hired.CapacityError]
 
 
 def test_path_and_config_are_the_checkpoints(vlm: hired.VLM, checkpoint: Path) -> None:

@@ -1,4 +1,4 @@
-"""divprune, scope, hired-scope and cdpruner, read token by token."""
+"""divprune, scope, hired-scope, hired-spread and cdpruner, read token by token."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hired.policies.cdpruner import CdPruner, against_text
 from hired.policies.divprune import DivPrune
 from hired.policies.hired import Hired
 from hired.policies.hired_scope import HiredScope
+from hired.policies.hired_spread import HiredSpread, spread_out
 from hired.policies.scope import Scope
 from hired.types import Grid, Size
 from tests.candidates import (
@@ -46,6 +47,45 @@ def by_partition(picture: Picture, places: list[tuple[int, int]]) -> list[list[i
         sorted(patch for partition, patch in places if partition == number)
         for number in range(picture.grid.num_partitions)
     ]
+
+
+class TestHiredSpread:
+    @each_case
+    def test_it_equals_the_naive_reading(self, picture: Picture, budget: Budget) -> None:
+        places = all_real(picture)
+        attention = picture.attention(FEATURE_LAYER)
+        weight = {}
+        for partition, patches in enumerate(real_of(picture)):
+            whole = sum(float(attention[partition][patch]) for patch in patches)
+            for patch in patches:
+                weight[partition, patch] = math.sqrt(float(attention[partition][patch]) / whole)
+        chosen: list[tuple[int, int]] = []
+        while len(chosen) < budget.num_tokens(len(places)):
+            chosen.append(
+                max(
+                    (place for place in places if place not in chosen),
+                    key=lambda place: (
+                        weight[place]
+                        * min(
+                            (
+                                1 - naive_cosine(picture.features[place], picture.features[one])
+                                for one in chosen
+                            ),
+                            default=1.0,
+                        )
+                    ),
+                )
+            )
+        assert patches_of(HiredSpread(), picture, budget) == by_partition(picture, chosen)
+
+    def test_power_0_looks_at_distance_alone(self) -> None:
+        alike = torch.tensor([[[1.0, 0.9, 0.1], [0.9, 1.0, 0.2], [0.1, 0.2, 1.0]]])
+        among = torch.ones(1, 3, dtype=torch.bool)
+        counts = torch.tensor([2])
+        even = spread_out(alike, torch.tensor([[0.4, 0.5, 0.1]]) ** 0, counts, among, 2)
+        assert even.tolist() == [[True, False, True]]
+        weighed = spread_out(alike, torch.tensor([[0.9, 0.09, 0.001]]), counts, among, 2)
+        assert weighed.tolist() == [[True, True, False]]
 
 
 class TestDivPrune:
