@@ -87,8 +87,8 @@ def counts(policy: Policy, seen: Candidates) -> list[int]:
 class TestRegistry:
     def test_it_names_the_policies(self) -> None:
         assert policies.names() == (
-            "cdpruner", "divprune", "grid", "hired", "hired-reference", "hired-scope", "hired-spread", "keep-all",
-            "pool", "prumerge", "prumerge+", "random", "scope", "thumbnail", "visionzip",
+            "cdpruner", "divprune", "grid", "hired", "hired-reference", "hired-scope", "hired-spread",
+            "keep-all", "pool", "prumerge", "prumerge+", "random", "scope", "thumbnail", "visionzip",
         )  # fmt: skip
 
     @pytest.mark.parametrize("name", [name for name in policies.names() if name != "cdpruner"])
