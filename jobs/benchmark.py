@@ -37,7 +37,7 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
         "the batch that all arms share, or each arm's own best; both if not said",
     ),
     "input": ({"type": Path}, "folder of images; without one they are drawn"),
-    "images": ({"type": int}, "how many images"),
+    "images": ({"type": int}, "how many images; those of a folder are repeated"),
     "aspect": ({"choices": tuple(ASPECTS)}, "of drawn images"),
     "prompt": ({}, "what every image is asked"),
     "max_new_tokens": ({"type": int}, "tokens an answer"),

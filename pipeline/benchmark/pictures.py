@@ -1,10 +1,12 @@
-"""The images of a run, as files' bytes: drawn on the spot, or the first of a folder."""
+"""The images of a run, as files' bytes: drawn on the spot, or the first of a folder, over and over
+if there are fewer than asked for.
+"""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +40,11 @@ def _jpeg(number: int, ratio: float) -> bytes:
 
 
 def found(folder: Path, count: int, tiling: Tiling) -> list[bytes]:
-    """The first ``count`` files of a folder that can be partitioned."""
+    """The first files of a folder that can be partitioned, over and over until there are ``count``."""
     files = list(islice(_readable(folder, tiling), count))
     if not files:
         raise ConfigurationError(f"--input {folder}: no readable images there")
-    return files
+    return list(islice(cycle(files), count))
 
 
 def _readable(folder: Path, tiling: Tiling) -> Iterator[bytes]:

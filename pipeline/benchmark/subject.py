@@ -96,7 +96,8 @@ class Subject:
             if options.input
             else pictures.drawn(options.images, options.aspect)
         )
-        self.partitions: list[Partitions] = [partition(file, self.tiling) for file in self.files]
+        known = {file: partition(file, self.tiling) for file in dict.fromkeys(self.files)}
+        self.partitions: list[Partitions] = [known[file] for file in self.files]
         self.ceilings = Ceilings(0.0, 0.0)
         self.measure_ceilings()
 

@@ -13,6 +13,7 @@ import pytest
 
 from hired.errors import CapacityError, EngineDeadError, GenerationError, PromptError
 from hired.prompts import Message
+from pipeline import metrics
 from pipeline.columns import of_images
 from pipeline.config import Config
 from pipeline.questions import Question, to_json
@@ -323,7 +324,7 @@ def test_metrics_count_what_was_asked_answered_and_refused(client: httpx.Client,
     assert lines[f'hired_requests_total{{route="{CHAT}",status="400"}}'] == "1.0"
     assert lines['hired_requests_total{route="other",status="404"}'] == "1.0"
     assert lines['hired_request_failures_total{code="invalid_image"}'] == "1.0"
-    assert lines['hired_requests_in_flight{worker="local"}'] == "1.0"
+    assert lines[f'hired_requests_in_flight{{worker="{metrics.worker()}"}}'] == "1.0"
     assert lines["hired_time_to_first_token_seconds_count"] == "1.0"
     assert lines["hired_time_per_output_token_seconds_count"] == "1.0"
     assert lines['hired_visual_tokens_total{kind="full"}'] == str(2.0 * FULL)
