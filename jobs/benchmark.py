@@ -15,9 +15,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, where nothing is installed
 
@@ -26,9 +24,10 @@ from pipeline.benchmark.arms import ARMS
 from pipeline.benchmark.pictures import ASPECTS
 from pipeline.benchmark.record import run
 from pipeline.benchmark.subject import BATCHINGS, SECTIONS, Options
+from pipeline.flags import Told, add_fields, given
 
 # What argparse is told of each option: how its text becomes a value, and what it means.
-FLAGS: dict[str, tuple[dict[str, Any], str]] = {
+FLAGS: dict[str, Told] = {
     "model": ({}, "embedded, small, 7b, toy, a checkpoint's folder, or a hub id"),
     "sections": ({"nargs": "+", "choices": SECTIONS}, "what to measure"),
     "arms": ({"nargs": "+", "choices": tuple(ARMS)}, "who takes part; all if not given"),
@@ -77,17 +76,8 @@ def options(arguments: Sequence[str]) -> Options:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    defaults = {field.name: field.default for field in fields(Options) if field.default is not MISSING}
-    for name, (how, meaning) in FLAGS.items():
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(
-            flag, dest=name, default=defaults[name], help=f"{meaning} [{defaults[name]}]", **how
-        )
-    given: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(parser.parse_args(arguments)).items()
-    }
-    return Options(**given)
+    add_fields(parser, Options, FLAGS)
+    return Options(**given(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

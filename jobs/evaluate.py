@@ -16,9 +16,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, where nothing is installed
 
@@ -27,9 +25,10 @@ from jobs import fidelity
 from pipeline.evaluation.answers import Interrupted
 from pipeline.evaluation.options import PROFILES, SECTIONS, Options
 from pipeline.evaluation.run import run, write_page
+from pipeline.flags import Told, add_fields, given
 
 # What argparse is told of each option: how its text becomes a value, and what it means.
-FLAGS: dict[str, tuple[dict[str, Any], str]] = {
+FLAGS: dict[str, Told] = {
     "model": ({}, "embedded, a checkpoint's folder, or a hub id"),
     "profile": ({"choices": tuple(PROFILES)}, "how much is asked, but for what the options below say"),
     "sections": ({"nargs": "+", "choices": SECTIONS}, "parts of the results"),
@@ -88,18 +87,10 @@ def options(arguments: Sequence[str]) -> tuple[Options, bool]:
     parser.add_argument(
         "--page-only", action="store_true", help="write page and pictures anew from the record in --output"
     )
-    for field in fields(Options):
-        how, meaning = FLAGS[field.name]
-        flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(
-            flag, dest=field.name, default=field.default, help=f"{meaning} [{field.default}]", **how
-        )
-    given: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(parser.parse_args(arguments)).items()
-    }
-    page_only = given.pop("page_only")
-    return Options(**given), page_only
+    add_fields(parser, Options, FLAGS)
+    said = given(parser.parse_args(arguments))
+    page_only = said.pop("page_only")
+    return Options(**said), page_only
 
 
 if __name__ == "__main__":

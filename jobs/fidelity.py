@@ -39,12 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_arguments(parser)
     try:
-        written = run(parser.parse_args(arguments), shlex.join(["python", "jobs/fidelity.py", *arguments]))
+        written = run(_parser().parse_args(arguments), shlex.join(["python", "jobs/fidelity.py", *arguments]))
     except ConfigurationError as error:
         print(f"configuration error: {error}", file=sys.stderr)
         return 2
@@ -52,8 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``run``, for another job to offer as well."""
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--input", required=True, help="folder, glob, file or S3 URI of images")
     parser.add_argument("--output", type=Path, required=True, help="folder of the page and its figures")
     parser.add_argument("--model", default="embedded", help="embedded, a checkpoint's folder, or a hub id")
@@ -72,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens a caption [64]")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; a GPU if there is one")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; as the device likes it")
+    return parser
 
 
 def run(options: argparse.Namespace, command: str) -> Path:

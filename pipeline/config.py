@@ -12,16 +12,17 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from hired.budget import Budget
 from hired.engine import EngineName, EngineOptions, Quantisation
 from hired.errors import ConfigurationError
 from pipeline.fetching import FetchOptions
+from pipeline.flags import Parser, Tree, add_flag, flag, leaves, meaning, put, read_yaml
 from pipeline.questions import Question, Questionnaire, read_prompts
 from pipeline.reading import ReadOptions
 from pipeline.storage import StorageOptions
@@ -76,12 +77,6 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 Format = Literal["webdataset", "jsonl", "coco", "txt"]
 TokenBudget = Annotated[int | float, BeforeValidator(_rate_or_tokens)]
-
-
-class Tree(BaseModel):
-    """A level of the tree: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Pool(Tree):
@@ -372,7 +367,7 @@ OPERATIONAL = frozenset(
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """The options, with both values, by which two runs could write different captions."""
     return [
-        f"{_flag(name)} was {before.get(name)!r} and is {after.get(name)!r}"
+        f"{flag(name)} was {before.get(name)!r} and is {after.get(name)!r}"
         for name in sorted({*before, *after} - OPERATIONAL)
         if before.get(name) != after.get(name)
     ]
@@ -404,14 +399,14 @@ def from_command_line(arguments: Sequence[str] | None = None) -> Config:
     """The configuration that flags, YAML file and defaults give together; raises ConfigurationError."""
     known, unknown = _parser().parse_known_args(arguments)
     if unknown:
-        names = ["config", *(name for name, _ in _leaves(Config))]
-        flag = unknown[0].split("=")[0]
-        raise ConfigurationError(f"unknown argument {flag}{_nearest(flag, map(_flag, names))}")
+        names = ["config", *(name for name, _ in leaves(Config))]
+        wrong = unknown[0].split("=")[0]
+        raise ConfigurationError(f"unknown argument {wrong}{_nearest(wrong, map(flag, names))}")
     flags = {name: value for name, value in vars(known).items() if value is not None}
     file = flags.pop("config", None)
-    tree = _read_yaml(Path(file)) if file else {}
+    tree = read_yaml(Path(file)) if file else {}
     for name, value in flags.items():
-        _put(tree, name.split("."), value)
+        put(tree, name, value, example="batch_size: 8")
     return from_tree(tree)
 
 
@@ -439,7 +434,7 @@ def reference() -> str:
     parts = [PAGE.rstrip()]
     for title, options in _groups():
         rows = [
-            f"| `{_flag(name)}` | `{name}` | {_default(field)} | {_meaning(field)} |".replace("\n", " ")
+            f"| `{flag(name)}` | `{name}` | {_default(field)} | {meaning(field)} |".replace("\n", " ")
             for name, field in options
         ]
         parts.append(
@@ -450,20 +445,13 @@ def reference() -> str:
 
 def _groups() -> Iterator[tuple[str, list[tuple[str, FieldInfo]]]]:
     """Each group of options with its leaves."""
-    leaves = list(_leaves(Config))
+    options = list(leaves(Config))
     for title, names in GROUPS.items():
-        yield title, [(name, field) for name, field in leaves if name.partition(".")[0] in names]
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports like everything else: by a ConfigurationError."""
-
-    def error(self, message: str) -> Any:
-        raise ConfigurationError(message)
+        yield title, [(name, field) for name, field in options if name.partition(".")[0] in names]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         description="Caption a corpus of images. Flags override the YAML file.",
         allow_abbrev=False,
         argument_default=None,
@@ -472,41 +460,11 @@ def _parser() -> argparse.ArgumentParser:
     for title, options in _groups():
         group = parser.add_argument_group(title)
         for name, field in options:
-            _add_flag(group, name, field)
+            add_flag(group, name, field, _default(field))
     parser.add_argument(
         "--json", dest="summary", action="store_const", const="json", help="print the summary as JSON"
     )
     return parser
-
-
-def _add_flag(group: Any, name: str, field: FieldInfo) -> None:
-    optional_value: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
-    group.add_argument(
-        _flag(name),
-        dest=name,
-        metavar=name.rpartition(".")[2].upper(),
-        help=f"{_meaning(field)} [{_default(field)}]".replace("%", "%%"),
-        **optional_value,
-    )
-
-
-def _leaves(tree: type[Tree], above: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """The dotted names and fields of all options that hold a value of their own."""
-    for name, field in tree.model_fields.items():
-        below = field.annotation
-        if isinstance(below, type) and issubclass(below, Tree):
-            yield from _leaves(below, f"{above}{name}.")
-        else:
-            yield above + name, field
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _meaning(field: FieldInfo) -> str:
-    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-    return f"{field.description} ({', '.join(choices)})" if choices else str(field.description)
 
 
 def _default(field: FieldInfo) -> str:
@@ -515,35 +473,15 @@ def _default(field: FieldInfo) -> str:
     return "auto" if field.default is None else str(field.default)
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"--config {file} cannot be read: {error}") from error
-    if not isinstance(tree, dict | None):
-        raise ConfigurationError(f"--config {file} must hold keys and values such as 'token_budget: 0.2'")
-    return tree or {}
-
-
-def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    *levels, leaf = path
-    for level in levels:
-        below = tree.setdefault(level, {})
-        if not isinstance(below, dict):
-            raise ConfigurationError(f"{level} must hold keys and values such as 'batch_size: 8'")
-        tree = below
-    tree[leaf] = value
-
-
 def _explain(error: Any) -> str:
     """One validation error as a sentence that names the key and, for an unknown one, its nearest match."""
     path = [str(part) for part in error["loc"]]
     name = ".".join(path)
     if error["type"] == "extra_forbidden":
-        names = [known for known, _ in _leaves(Config)] + list(Config.model_fields)
+        names = [known for known, _ in leaves(Config)] + list(Config.model_fields)
         return f"unknown key {name!r}{_nearest(name, names)}"
     if error["type"] == "missing":
-        return f"{_flag(name)} is required (or the key {name!r} in the YAML file)"
+        return f"{flag(name)} is required (or the key {name!r} in the YAML file)"
     got = f" (got {error['input']!r})" if isinstance(error["input"], str | int | float) else ""
     return f"{name}: {error['msg'].removeprefix('Value error, ')}{got}"
 

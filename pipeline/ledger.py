@@ -88,6 +88,10 @@ class Ledger:
             if rows and done < generation and (shard, done + 1) not in self._retries
         )
 
+    def num_retryable(self, shards: Iterable[int]) -> int:
+        """Dead letters of published shards that may succeed another time."""
+        return sum(self._published[shard][1] for shard in shards)
+
     def publishable(self) -> list[int]:
         """Shards whose units are all there, and those whose second tries are."""
         return [shard for shard in range(self._layout.num_shards) if self.is_publishable(shard)]

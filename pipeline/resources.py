@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from hired.errors import ConfigurationError
+from hired.families.checkpoint import num_parameters
 from pipeline.config import Config, Pool
 
 # Of one GPU: the tower is small and fast, the language model is neither.
@@ -135,7 +134,7 @@ def check_memory(config: Config, cluster: Cluster, checkpoint: Path) -> None:
     workers = sum(pool.max_actors or 1 for pool in config.pools.values()) * WORKER_BYTES
     precision = 4.0 if config.dtype in ("auto", "float32") else 2.0
     a_weight = BYTES_A_WEIGHT.get(config.engine.quantisation, precision)
-    models = (config.generate.max_actors or 1) * num_weights(checkpoint) * a_weight
+    models = (config.generate.max_actors or 1) * num_parameters(checkpoint) * a_weight
     needed = workers + (models if config.device == "cpu" else 0.0)
     if not config.autoscaling and needed > cluster.memory_bytes:
         raise ConfigurationError(
@@ -143,12 +142,3 @@ def check_memory(config: Config, cluster: Cluster, checkpoint: Path) -> None:
             f"weights) and the cluster has {cluster.memory_bytes / 2**30:.1f}: lower "
             "--generate.max-actors, say --engine.quantisation int8 or --dtype bfloat16, or add nodes"
         )
-
-
-def num_weights(checkpoint: Path) -> int:
-    """The parameters in a checkpoint's files, by their headers."""
-    total = 0
-    for file in checkpoint.glob("*.safetensors"):
-        with safe_open(file, framework="numpy") as tensors:
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return total

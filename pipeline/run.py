@@ -77,21 +77,21 @@ def caption_corpus(config: Config, command: str = "", stages: Stages | None = No
         if checked.store.exists(SUCCESS) and not config.retry_failed:
             log.info("run %s is complete", run.identity.run_id)
             return Manifest.model_validate_json(checked.store.read(MANIFEST))
-        return _Session(checked.config, run, run_id, started_at, stages or Stages()).run()
+        return _Session(checked, run, run_id, started_at, stages or Stages()).run()
 
 
 class _Session:
     """One go of a run."""
 
     def __init__(
-        self, config: Config, run: Run, session_id: str, started_at: datetime, stages: Stages
+        self, checked: Checked, run: Run, session_id: str, started_at: datetime, stages: Stages
     ) -> None:
         self._store, self._run, self._stages = run.store, run, stages
         self._id, self._started_at, self._started_s = session_id, started_at, time.perf_counter()
         self._layout = run.inventory.layout
         self._ledger = Ledger(self._store, self._layout)
-        self._publisher = publisher(config, run)
-        self._config = config
+        self._publisher = publisher(checked.config, run)
+        self._config, self._checkpoint = checked.config, checked.checkpoint
         self._cluster = Cluster(0)
 
     def run(self) -> Manifest:
@@ -127,12 +127,12 @@ class _Session:
             again = self._ledger.retryable_shards(self._ledger.generation + 1)
             if again:
                 self._store.delete(SUCCESS)
-                progress.again(self._ledger.tally().counts.retryable)
+                progress.again(self._ledger.num_retryable(again))
                 self._pass(driver, RetryWork(self._run.inventory, self._run.questionnaire, again), stop)
 
     def _settled(self) -> Config:
         config = settle(self._config, self._cluster)
-        check_memory(config, self._cluster, resolve(config.model))
+        check_memory(config, self._cluster, self._checkpoint)
         left = self._layout.num_rows - self._ledger.num_committed
         if self._config.actors == "fixed" or left < ROWS_TO_MEASURE_FOR:
             return config

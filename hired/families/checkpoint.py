@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,17 @@ def model_type(path: Path) -> str:
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path / 'config.json'} is not a transformers configuration ({error})") from error
+
+
+def num_parameters(path: Path) -> int:
+    """Counted from the headers of the weights' files."""
+    from safetensors import safe_open
+
+    count = 0
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return count
 
 
 @contextmanager

@@ -11,9 +11,10 @@ from typing import Any
 
 from hired.devices import describe_hardware
 from hired.errors import ConfigurationError
+from hired.families.checkpoint import num_parameters
 from pipeline.benchmark.measure import digits
 from pipeline.benchmark.page import page
-from pipeline.benchmark.subject import Options, Subject, num_parameters
+from pipeline.benchmark.subject import Options, Subject
 from pipeline.manifest import versions
 from pipeline.storage import Store
 

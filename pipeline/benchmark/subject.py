@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -20,6 +18,7 @@ from hired.devices import host_memory_bytes, resolve_device, resolve_dtype
 from hired.engine import EngineOptions
 from hired.engine.memory import workspace_bytes
 from hired.errors import ConfigurationError
+from hired.families.checkpoint import num_parameters
 from hired.geometry import Tiling
 from hired.partitioning import partition
 from hired.prompts import PromptTemplate
@@ -170,12 +169,3 @@ class Subject:
                 "raise --memory-cap-gib"
             )
         return left
-
-
-def num_parameters(path: Path) -> int:
-    """Counted from the headers of the weights' files."""
-    count = 0
-    for file in path.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return count

@@ -68,6 +68,7 @@ def create_app(
     ``sends_request_id`` is False where a proxy in front gives requests their ids and tells the client.
     """
     telemetry = Telemetry()
+    source = source or ImageSource(settings)
     app = FastAPI(
         title="hired",
         summary="Answers about images, with most visual tokens dropped before the language model sees them.",
@@ -77,11 +78,11 @@ def create_app(
     )
     _add_handlers(app, telemetry, settings)
     _add_routes(app, settings, backend, telemetry)
-    chat = Chat(settings, backend, source or ImageSource(settings), telemetry)
+    chat = Chat(settings, backend, source, telemetry)
     _add_chat(app, chat)
     open_paths = {"/health"}
     if settings.playground:
-        app.include_router(playground.router(backend, settings))
+        app.include_router(playground.router(backend, settings, source))
         open_paths |= {"/", *(f"/playground/{name}" for name in playground.MEDIA_TYPES)}
     routes = frozenset({*app.openapi()["paths"], *open_paths, "/openapi.json"})
     app.add_middleware(

@@ -13,7 +13,8 @@ from pydantic import Field, model_validator
 from hired import policies
 from hired.budget import Budget
 from hired.errors import ConfigurationError
-from pipeline.config import Config, EncodePool, Engine, GeneratePool, Names, PartitionPool, TokenBudget, Tree
+from pipeline.config import Config, EncodePool, Engine, GeneratePool, Names, PartitionPool, TokenBudget
+from pipeline.flags import Tree
 
 Detail = Literal["auto", "low", "high"]
 

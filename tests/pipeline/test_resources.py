@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from hired.embedded import CHECKPOINT
 from hired.errors import ConfigurationError
+from hired.families.checkpoint import num_parameters
 from pipeline.config import Config, from_tree
-from pipeline.resources import Cluster, check_memory, num_weights, settle
+from pipeline.resources import Cluster, check_memory, settle
 
 
 def config(**options: Any) -> Config:
@@ -68,7 +69,7 @@ def test_pools_that_do_not_fit_are_refused_with_their_shares(options: dict[str, 
 
 
 def test_workers_that_cannot_be_in_memory_are_refused_before_they_start() -> None:
-    assert 5_000_000 < num_weights(CHECKPOINT) < 8_000_000
+    assert 5_000_000 < num_parameters(CHECKPOINT) < 8_000_000
     roomy, tight = (Cluster(num_cpus=4, memory_bytes=gib * 2**30) for gib in (8, 1))
     settled = settle(config(), roomy)
     check_memory(settled, roomy, CHECKPOINT)

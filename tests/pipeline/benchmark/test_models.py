@@ -11,12 +11,13 @@ from transformers import GenerationConfig, LlavaNextForConditionalGeneration
 
 import hired
 from hired.embedded.tokenisation import build_tokenizer
+from hired.families.checkpoint import num_parameters
 from hired.geometry import Tiling, num_tokens
 from hired.types import Size
 from pipeline.benchmark.models import checkpoint, configuration
 from pipeline.benchmark.pictures import LONG_SIDE
 from pipeline.benchmark.roofline import shapes
-from pipeline.benchmark.subject import Subject, num_parameters
+from pipeline.benchmark.subject import Subject
 
 
 @pytest.mark.parametrize("model", ["small", "7b"])
