@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, w
 from hired.errors import ConfigurationError
 from pipeline.config import Config, from_command_line
 from pipeline.plan import describe
+from pipeline.planning import plan_corpus
 from pipeline.report import summary, summary_json
-from pipeline.run import Interrupted, caption_corpus, dry_run, plan_corpus
+from pipeline.run import Interrupted, caption_corpus, dry_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

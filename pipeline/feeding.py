@@ -30,7 +30,8 @@ BLOCK_BYTES = 2 * 2**20
 FILLED_BYTES = BLOCK_BYTES * 5 // 4
 PADDED = FED.append(pa.field("padding", pa.binary()))
 PIECES_PER_TASK = 4096
-POLL_S = 0.05
+# Each question costs two processes a millisecond, and there is always more on its way than is done meanwhile.
+POLL_S = 0.25
 
 
 class Brake:
@@ -124,5 +125,5 @@ def _portions(work: Work) -> Iterator[Work]:
         yield work
         return
     for run in work.units:
-        for start in range(run.start, run.stop, PIECES_PER_TASK):
-            yield replace(work, units=[range(start, min(start + PIECES_PER_TASK, run.stop))])
+        for start in range(0, len(run), PIECES_PER_TASK):
+            yield replace(work, units=[run[start : start + PIECES_PER_TASK]])

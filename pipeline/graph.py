@@ -1,13 +1,13 @@
 """The dataset graph on one page.
 
 inventory -> feed -> ReadStage -> PartitionStage -> EncodeStage -> GenerateStage -> answers, to the driver
-             a task  tasks        actors, CPU       actors, GPU    actors, GPU
+             a task  actors, CPU  actors, CPU       actors, GPU    actors, GPU
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import pyarrow as pa
 import ray.data
 from ray.util.annotations import RayDeprecationWarning
 
+from pipeline.balance import workers
 from pipeline.config import Config, Pool
 from pipeline.feeding import BLOCK_BYTES, Feed
 from pipeline.guard import Guarded
@@ -37,20 +38,34 @@ class Stages:
 
 def answers(
     feed: Feed, config: Config, cluster: Cluster, attempts: Any, stages: Stages
-) -> Iterator[pa.Table]:
+) -> Generator[pa.Table]:
     """Run what is fed through the stages; answers come in any order, as they are done."""
     ray.data.DataContext.get_current().target_max_block_size = BLOCK_BYTES
     # Without a number of blocks Ray Data cuts what each task reads into 200.
     rows = ray.data.read_datasource(feed, concurrency=1, num_cpus=0, override_num_blocks=feed.num_tasks)
-    images = rows.map_batches(
-        stages.read(config).__call__, batch_size=None, batch_format="pyarrow", num_cpus=cluster.task_cpus
-    )
+    images = _read(rows, stages.read, config, cluster)
     partitions = _mapped(images, stages.partition, config.partition, config, attempts)
     tokens = _mapped(partitions, stages.encode, config.encode, config, attempts)
     captions = _mapped(
         tokens, stages.generate, config.generate, config, attempts, config.generate.concurrent_calls
     )
     yield from captions.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+
+
+def _read(dataset: Any, stage: type, config: Config, cluster: Cluster) -> Any:
+    """By actors: a node whose CPUs are all given away ends idle processes of tasks after a second."""
+    most = None if config.autoscaling else workers(config, cluster)["read"].actors
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return dataset.map_batches(
+            stage,
+            fn_constructor_args=(config,),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
+            num_cpus=cluster.task_cpus,
+            max_task_retries=MAX_TASK_RETRIES,
+        )
 
 
 def _mapped(

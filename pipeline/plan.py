@@ -1,11 +1,13 @@
 """What a run will take, from what its stages took on a sample: rows, tokens, rates, hours and their price.
 
-    Measurement + rows + cluster --make_plan--> Plan --describe--> text;  Plan + Actual --against--> report
+    Measurement + Trial + rows + cluster --make_plan--> Plan --describe--> text
+    Plan + Actual --against--> report
 
-The time is ``start-up + loading + rows / rate + ends``. The rate is the least that any stage, the cores or
-the GPUs allow (see ``pipeline.balance``), so it is a bound: stages that keep waiting for each other are
-slower. ``ends`` is what one batch spends in all stages but the slowest, while the pipeline fills and runs
-dry.
+The time is ``start-up + loading + rows / rate + ends``. The least that any stage, the cores or the GPUs allow
+(see ``pipeline.balance``) is a bound: stages that wait for each other, and share their cores with each other
+and with Ray, are slower. A trial of the whole pipeline tells which share of the bound it reaches. ``ends`` is
+what passes while the pipeline fills and runs dry: in the trial until its first answers, else what one batch
+spends in all stages but the slowest.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+
+from pydantic import Field
 
 from hired.errors import ConfigurationError
 from pipeline.balance import CPUS, GPUS, Measurement, Pools, balanced, limits, needed, worker_rate
@@ -50,10 +54,29 @@ class StagePlan(Record):
     balanced: int
 
 
+class Trial(Record):
+    """The whole pipeline on rows of the run: so many ``rows`` in ``seconds``, once it was full.
+
+    ``bound`` is what its stages, measured alone, allow there, in rows a second; ``first_rows_s`` is what
+    passed from the start of the workers to the first answers.
+    """
+
+    rows: float
+    seconds: float = Field(gt=0)
+    first_rows_s: float
+    bound: float = Field(gt=0)
+
+    @property
+    def share(self) -> float:
+        """Of the bound, which the pipeline reached."""
+        return self.rows / self.seconds / self.bound
+
+
 class Plan(Record):
     """What is expected of a run. ``rate`` is in rows a second once the pipeline is full.
 
-    ``limits`` names what each stage, the CPUs and the GPUs would allow alone; ``bottleneck`` is the lowest.
+    ``limits`` names what each stage, the CPUs and the GPUs would allow alone; ``bottleneck`` is the lowest,
+    and ``share`` how much of it the pipeline reached when it was tried, on ``rows_tried`` rows.
     ``balanced_rate`` is the rate with the balanced pools. Hours of GPUs and CPUs are those of the whole
     cluster from start to end, whether they are busy or not.
     """
@@ -72,6 +95,8 @@ class Plan(Record):
     bottleneck: str
     rate: float
     balanced_rate: float
+    share: float = 1.0
+    rows_tried: int = 0
     start_up_s: float
     load_s: float
     ends_s: float
@@ -103,13 +128,15 @@ def make_plan(
     cluster: Cluster,
     *,
     pools: Pools | None = None,
+    trial: Trial | None = None,
     start_up_s: float,
     gpu_hour_price: float | None = None,
 ) -> Plan:
     """The plan of captioning so many rows. ``pools`` None are those that are balanced for this cluster.
 
-    ``start_up_s`` is what passes before workers start: Ray, and the inventory. Raises ConfigurationError for
-    a cluster without GPUs when the measurement was made on one.
+    ``start_up_s`` is what passes before workers start: Ray, and the inventory. Without a ``trial`` the rate
+    is a bound; the share of it that a trial reached is taken to hold for any pools and cluster. Raises
+    ConfigurationError for a cluster without GPUs when the measurement was made on one.
     """
     if not rows >= 0 <= start_up_s:
         raise ValueError(f"rows and start_up_s must not be negative, got {rows} and {start_up_s}")
@@ -117,8 +144,10 @@ def make_plan(
     pools = pools or best
     rates = limits(measurement, pools, cluster)
     bottleneck = min(rates, key=rates.__getitem__)
-    rate = rates[bottleneck]
-    load_s, ends_s = _load_s(measurement, pools, cluster), _ends_s(measurement, rows)
+    share = trial.share if trial else 1.0
+    rate = share * rates[bottleneck]
+    load_s = _load_s(measurement, pools, cluster)
+    ends_s = max(0.0, trial.first_rows_s - load_s) if trial else _ends_s(measurement, rows)
     eta_s = start_up_s + ((load_s + rows / rate + ends_s) if rows else 0.0)
     gpu_hours = cluster.num_gpus * eta_s / 3600
     return Plan(
@@ -135,7 +164,9 @@ def make_plan(
         limits=rates,
         bottleneck=bottleneck,
         rate=rate,
-        balanced_rate=min(limits(measurement, best, cluster).values()),
+        balanced_rate=share * min(limits(measurement, best, cluster).values()),
+        share=share,
+        rows_tried=round(trial.rows) if trial else 0,
         start_up_s=start_up_s,
         load_s=load_s,
         ends_s=ends_s,
@@ -144,7 +175,7 @@ def make_plan(
         cpu_hours=cluster.num_cpus * eta_s / 3600,
         gpu_hour_price=gpu_hour_price,
         cost=None if gpu_hour_price is None else gpu_hours * gpu_hour_price,
-        notes=_notes(measurement, rows, cluster, pools, bottleneck),
+        notes=_notes(measurement, rows, cluster, pools, bottleneck, trial),
     )
 
 
@@ -184,9 +215,11 @@ def _ends_s(measurement: Measurement, rows: int) -> float:
 
 
 def _notes(
-    measurement: Measurement, rows: int, cluster: Cluster, pools: Pools, bottleneck: str
+    measurement: Measurement, rows: int, cluster: Cluster, pools: Pools, bottleneck: str, trial: Trial | None
 ) -> tuple[str, ...]:
     notes = []
+    if trial is None:
+        notes.append("the pipeline as a whole was not tried: the rate is a bound, which it stays below")
     if bottleneck == CPUS:
         busiest = max(measurement.stages, key=lambda name: measurement.stages[name].all_cpu_s)
         share = measurement.stages[busiest].all_cpu_s / measurement.cpu_s
@@ -224,7 +257,7 @@ def describe(plan: Plan) -> str:
     hours = [
         (
             "rate",
-            f"{_number(plan.rate)} images/s, bounded by {_bound(plan)}; "
+            f"{_number(plan.rate)} images/s, {_reached(plan)}; "
             + ", ".join(f"all {name} allow {_number(rate)}" for name, rate in most),
         ),
         ("balanced", f"{_number(plan.balanced_rate)} images/s with the pools of the last column"),
@@ -341,6 +374,12 @@ def against(plan: Plan, actual: Actual) -> list[Comparison]:
 
 def _bound(plan: Plan) -> str:
     return f"all {plan.bottleneck} together" if plan.bottleneck in (CPUS, GPUS) else plan.bottleneck
+
+
+def _reached(plan: Plan) -> str:
+    if not plan.rows_tried:
+        return f"bounded by {_bound(plan)}"
+    return f"{plan.share:.0%} of what {_bound(plan)} would allow alone, as tried on {plan.rows_tried:,} rows"
 
 
 def _cluster(plan: Plan) -> str:

@@ -246,7 +246,10 @@ def _ray(section: Any) -> list[str]:
         ("start-up s", _spread(figures["start_up_s"])),
         ("start-up, share of the run", _share(figures["start_up_share"])),
     ]
-    words = f"{figures['images']} images, {figures['threads']} threads."
+    words = (
+        f"{figures['images']} images ({figures['bare_images']} of them for the bare loop), "
+        f"{figures['threads']} threads."
+    )
     if figures["options"]:
         words += f" Job options: {', '.join(figures['options'])}."
     return [*lines, words, "", *_table(("figure", "measured"), rows), ""]
@@ -256,7 +259,7 @@ def _plan(section: Any) -> list[str]:
     lines = _head(
         "Plan against actual",
         section,
-        "What `--plan` says of a folder of files after measuring a sample, and what the run then took.",
+        "What `--plan` says of a folder of files after trying a sample, and what the run then took.",
     )
     if not section:
         return lines

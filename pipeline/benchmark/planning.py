@@ -9,8 +9,9 @@ from typing import Any
 from pipeline.benchmark.corpus import configuration, local_cluster, written
 from pipeline.benchmark.measure import digits
 from pipeline.benchmark.subject import Subject
+from pipeline.planning import plan_corpus
 from pipeline.report import Report
-from pipeline.run import caption_corpus, plan_corpus
+from pipeline.run import caption_corpus
 
 
 def measure(subject: Subject) -> dict[str, Any]:

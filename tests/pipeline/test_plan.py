@@ -30,7 +30,7 @@ from pipeline.columns import Batch, Failure
 from pipeline.config import Config, from_tree
 from pipeline.costs import StageCost, metered
 from pipeline.measurement import measure
-from pipeline.plan import Actual, Plan, against, describe, make_plan, parse_cluster
+from pipeline.plan import Actual, Plan, Trial, against, describe, make_plan, parse_cluster
 from pipeline.questions import Question, to_json
 from pipeline.resources import Cluster, settle
 from tests.pictures import picture, saved
@@ -163,6 +163,31 @@ def test_balanced_pools_are_no_slower_than_the_defaults(case: tuple[Measurement,
     if measured.on_gpu:
         assert min(chosen.values()) >= 0.999 * min(by_default.values())
     assert chosen[CPUS] == by_default[CPUS]
+
+
+@given(cases, st.floats(0.05, 1.2), st.floats(0, 600))
+def test_a_trial_tells_what_share_of_the_bound_is_reached(
+    case: tuple[Measurement, Cluster], share: float, first_rows_s: float
+) -> None:
+    measured, cluster = case
+    bound = make_plan(measured, 10**6, cluster, start_up_s=5)
+    trial = Trial(rows=share * bound.rate * 60, seconds=60, first_rows_s=first_rows_s, bound=bound.rate)
+    plan = make_plan(measured, 10**6, cluster, trial=trial, start_up_s=5)
+    assert plan.share == pytest.approx(share)
+    assert plan.rate == pytest.approx(share * bound.rate)
+    assert plan.limits == bound.limits
+    waited_s = 5 + max(first_rows_s, plan.load_s)
+    assert plan.eta_s == pytest.approx(waited_s + 10**6 / plan.rate)
+
+
+def test_a_plan_says_whether_the_pipeline_was_tried() -> None:
+    measured = measurement()
+    bound = make_plan(measured, 1000, Cluster(2), start_up_s=0)
+    assert "was not tried" in describe(bound)
+    trial = Trial(rows=0.7 * bound.rate * 60, seconds=60, first_rows_s=20, bound=bound.rate)
+    text = describe(make_plan(measured, 1000, Cluster(2), trial=trial, start_up_s=0))
+    assert "70% of what generate would allow alone, as tried on" in text
+    assert "was not tried" not in text
 
 
 def test_a_cluster_of_gpus_is_bound_by_its_gpus_when_decoding_is_fed() -> None:
