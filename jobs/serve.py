@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, w
 
 from hired.errors import ConfigurationError
 from hired.vlm import resolve
+from pipeline.serve import door
 from pipeline.serve.keys import Keys
 from pipeline.serve.options import Address, from_command_line
 from pipeline.serve.settings import Settings
@@ -76,6 +77,7 @@ def run(settings: Settings, address: Address, keys: Keys) -> None:
 
     from pipeline.serve.deployments import application
 
+    os.environ.update(door.environment(settings.limits.in_flight, settings.limits.retry_after_s))
     paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", configure_logging=False)

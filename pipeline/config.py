@@ -289,7 +289,9 @@ class Config(Tree):
     plan: bool = Field(
         False, description="measure the stages on a sample, say what the run will take, and end"
     )
-    plan_seconds: float = Field(60.0, gt=0, description="seconds to measure each stage")
+    plan_seconds: float = Field(
+        60.0, gt=0, description="seconds to measure each stage, and to try the whole pipeline"
+    )
     plan_cluster: str | None = Field(None, description="plan for this cluster: '64 CPU, 8 GPU'")
     gpu_hour_price: float | None = Field(
         None, ge=0, description="what a GPU costs an hour, for the plan's sum"

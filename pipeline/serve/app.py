@@ -19,9 +19,9 @@ from starlette.types import Receive, Scope, Send
 
 from hired.errors import HiredError
 from pipeline.serve import errors, playground, requests
+from pipeline.serve.api_error import SERVER, ApiError, come_back, invalid
 from pipeline.serve.backend import Backend
 from pipeline.serve.chat import Chat
-from pipeline.serve.errors import ApiError
 from pipeline.serve.gate import Admission, Gate
 from pipeline.serve.images import ImageSource
 from pipeline.serve.keys import WITHOUT_KEYS, Keys
@@ -187,7 +187,7 @@ def _add_handlers(app: FastAPI, telemetry: Telemetry, settings: Settings) -> Non
     async def of_validation(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"] if part != "body")
-        return answered(errors.invalid(f"{param or 'the body'}: {first['msg']}", param or None))
+        return answered(invalid(f"{param or 'the body'}: {first['msg']}", param or None))
 
     @app.exception_handler(ApiError)
     async def of_api(_: Request, error: ApiError) -> Response:
@@ -269,5 +269,5 @@ class Health:
                 await self._backend.health()
         except Exception as error:
             errors.logged(error)
-            return errors.come_back(503, "a stage cannot work just now", errors.SERVER, "unhealthy", 1)
+            return come_back(503, "a stage cannot work just now", SERVER, "unhealthy", 1)
         return None

@@ -14,8 +14,8 @@ from hired.engine import Sampling
 from hired.errors import ConfigurationError
 from hired.types import Caption, VisualTokens
 from pipeline.serve import errors
+from pipeline.serve.api_error import ApiError, invalid
 from pipeline.serve.backend import Backend, Query
-from pipeline.serve.errors import ApiError, invalid
 from pipeline.serve.images import ImageSource
 from pipeline.serve.requests import ChatRequest, ImageUrl
 from pipeline.serve.responses import ChatCompletion, Chunks, completion, failed

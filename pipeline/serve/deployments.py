@@ -2,8 +2,8 @@
 
     HTTP --> Ingress --> Partition (CPU) --> Encode --> Generate --> stream of text
 
-Each deployment holds a worker of ``pipeline.serve.workers``. The ingress calls them one after the other and
-carries what they make from one to the next, so whatever fails there is known by what failed. Queues are kept
+Each deployment holds a worker of ``pipeline.serve.workers``. The ingress calls them one after the other, but
+pixels go from Partition to Encode without it, and so does what Partition says when it fails. Queues are kept
 where requests are let in: the ingress admits no more than its limits say, and behind it nothing is refused.
 """
 
@@ -85,7 +85,11 @@ class Encode:
     async def card(self) -> ModelCard:
         return await self._worker.card()
 
-    async def encode(self, partitions: Partitions, budget: Budget, policy: str) -> VisualTokens | HiredError:
+    async def encode(
+        self, partitions: Partitions | HiredError, budget: Budget, policy: str
+    ) -> VisualTokens | HiredError:
+        if isinstance(partitions, HiredError):
+            return partitions
         return await _told(self._worker.encode(partitions, budget, policy))
 
     async def attention(
@@ -167,7 +171,13 @@ class ServeBackend:
         return tokens
 
     async def see(self, image: bytes, budget: Budget, policy: str) -> VisualTokens:
-        return await self.encode(await self.partition(image), budget, policy)
+        partitions = self._partition.partition.remote(image)
+        try:
+            tokens: VisualTokens = await _result(self._encode.encode.remote(partitions, budget, policy))
+        except asyncio.CancelledError:
+            partitions.cancel()
+            raise
+        return tokens
 
     async def attention(
         self, partitions: Partitions, layers: Sequence[int] | None = None

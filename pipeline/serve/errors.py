@@ -1,4 +1,4 @@
-"""What a client is told when a request fails: OpenAI's shape, our own words, the right status.
+"""What a client is told when a request fails: our own words, the right status.
 
 Messages of ``HiredError`` are written for whoever caused them and are passed on. Any other exception may hold
 paths, addresses or a library's internals: it goes to the log, and the client gets the request's id.
@@ -7,10 +7,6 @@ paths, addresses or a library's internals: it goes to the log, and the client ge
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 from hired.errors import (
     CapacityError,
@@ -22,42 +18,10 @@ from hired.errors import (
 )
 from pipeline.fetching import BodyTooLargeError, FetchError, UnsafeUrlError
 from pipeline.isolation import ImageTimeoutError, WorkerDiedError
+from pipeline.serve.api_error import SERVER, ApiError, come_back, invalid
 from pipeline.serve.backend import UnavailableError
 
 log = logging.getLogger(__name__)
-
-INVALID = "invalid_request_error"
-SERVER = "server_error"
-
-
-@dataclass(eq=False)
-class ApiError(Exception):
-    """A failure as the client gets it; ``param`` names what of the request is at fault."""
-
-    status: int
-    message: str
-    type: str = INVALID
-    code: str | None = None
-    param: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__init__(self.message)
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """OpenAI's shape."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
-
-
-def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
-    """The request itself is wrong."""
-    return ApiError(400, message, INVALID, code, param)
-
-
-def come_back(status: int, message: str, type: str, code: str, seconds: float) -> ApiError:
-    """The request may do another time."""
-    return ApiError(status, message, type, code, headers={"Retry-After": str(max(1, math.ceil(seconds)))})
 
 
 def of_image(error: Exception, param: str) -> ApiError | None:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
 import logging
 import re
 import time
-import uuid
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,7 +19,8 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.serve import errors
-from pipeline.serve.errors import ApiError
+from pipeline.serve.api_error import ApiError, busy, come_back, send_error
+from pipeline.serve.door import TURNED_AWAY, id_of
 from pipeline.serve.keys import Keys
 from pipeline.serve.pace import Pace
 from pipeline.serve.settings import Limits, Settings
@@ -32,7 +31,6 @@ log = logging.getLogger(__name__)
 # For the log: whose turn it is.
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
-_GIVEN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 # Beyond the time that the application gives itself to answer.
 GRACE_S = 5.0
 # What the log and the metrics say of a client that did not wait for its answer; nobody gets it.
@@ -81,7 +79,7 @@ class Admission:
     def __enter__(self) -> None:
         if self._is_closed or self.num_inside >= self._limits.in_flight:
             message = "the server is closing" if self._is_closed else "the server is busy; try again"
-            raise errors.come_back(503, message, errors.SERVER, "overloaded", self._limits.retry_after_s)
+            raise busy(self._limits.retry_after_s, message)
         self.num_inside += 1
 
     def __exit__(self, *_: object) -> None:
@@ -127,17 +125,17 @@ class Gate:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         head = _Head.of(scope)
-        given = head.headers.get(b"x-request-id", b"")
-        id = given.decode() if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
+        id = id_of(head.headers)
         request_id.set(id)
         scope.setdefault("state", {})["request_id"] = id
         answer = _Answer(send, id if self._sends_request_id else None)
         started_s = time.perf_counter()
         self._telemetry.began()
+        self._telemetry.turned_away(scope.get(TURNED_AWAY, 0))
         try:
             await self._checked(head, scope, receive, answer)
         except Exception as error:
-            await self._refuse(errors.logged(error, self._limits.retry_after_s), answer)
+            await self._tell(errors.logged(error, self._limits.retry_after_s), answer)
         finally:
             seconds = time.perf_counter() - started_s
             route = head.path if head.path in self._routes else "other"
@@ -152,7 +150,7 @@ class Gate:
             await self._app(scope, receive, answer)
             return
         if wait_s := self._pace.wait_s(caller):
-            raise errors.come_back(
+            raise come_back(
                 429, "too many requests a minute", "rate_limit_error", "rate_limit_exceeded", wait_s
             )
         with self._admission:
@@ -181,21 +179,12 @@ class Gate:
             )
         return holder or head.client
 
-    async def _refuse(self, error: ApiError, answer: _Answer) -> None:
+    async def _tell(self, error: ApiError, answer: _Answer) -> None:
         """Tells the client, if it has not been told anything yet."""
         self._telemetry.failed(error)
         if answer.status:
             return
-        body = json.dumps(error.body).encode()
-        headers = {"content-type": "application/json", "content-length": str(len(body))} | dict(error.headers)
-        await answer(
-            {
-                "type": "http.response.start",
-                "status": error.status,
-                "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
-            }
-        )
-        await answer({"type": "http.response.body", "body": body})
+        await send_error(error, answer)
 
 
 class _Answer:

@@ -30,8 +30,9 @@ from hired.errors import ConfigurationError
 from hired.geometry import real_patches
 from hired.packing import Newlines, layout
 from hired.types import Partitions, VisualTokens
+from pipeline.serve.api_error import invalid
 from pipeline.serve.backend import Backend, ModelCard
-from pipeline.serve.errors import invalid, of_image
+from pipeline.serve.errors import of_image
 from pipeline.serve.images import ImageSource
 from pipeline.serve.requests import Body, HiredOptions, ImageUrl
 from pipeline.serve.settings import Settings

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from hired.prompts import Conversation, Message
 from pipeline.config import TokenBudget
-from pipeline.serve.errors import ApiError, invalid
+from pipeline.serve.api_error import ApiError, invalid
 
 MAX_STOPS = 4
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from hired.types import Caption
-from pipeline.serve.errors import ApiError
+from pipeline.serve.api_error import ApiError
 
 DONE = b"data: [DONE]\n\n"
 

@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from hired.types import Caption
 from pipeline import metrics
+from pipeline.serve.api_error import ApiError
 from pipeline.serve.backend import EngineLoad
-from pipeline.serve.errors import ApiError
 
 # What this process knows; the rest of an endpoint's metrics are told by its workers, through Ray alone.
 NAMES = (
@@ -55,6 +55,12 @@ class Telemetry:
     def failed(self, error: ApiError) -> None:
         """A request got this instead of an answer, or of the rest of one."""
         self._tell("hired_request_failures_total", 1, code=error.code or error.type)
+
+    def turned_away(self, number: int) -> None:
+        """So many requests were answered before they came here: there was no room for them."""
+        if number:
+            self._tell("hired_requests_total", number, route="other", status="503")
+            self._tell("hired_request_failures_total", number, code="overloaded")
 
     def first_token(self, seconds: float) -> None:
         """The first text of a stream came after so many seconds."""

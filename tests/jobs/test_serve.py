@@ -248,6 +248,8 @@ def test_requests_share_batches_and_more_than_fit_are_sent_away(served: Served, 
             watcher.cancel()
         return answers
 
+    with served.client() as client:
+        turned_away_before = overloaded(client)
     answers = asyncio.run(crowd())
     assert {answer.status_code for answer in answers} == {200, 503}
     good = [answer.json() for answer in answers if answer.status_code == 200]
@@ -255,6 +257,19 @@ def test_requests_share_batches_and_more_than_fit_are_sent_away(served: Served, 
     assert {answer["choices"][0]["message"]["content"] for answer in good} == {expected}
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers if answer.status_code == 503)
     assert max(running) > 1, "requests were answered one by one"
+    with served.client() as client:
+        assert client.post("/v1/chat/completions", json=asked(PICTURE)).status_code == 200
+        turned_away = overloaded(client)
+    assert turned_away - turned_away_before == len(answers) - len(good), (
+        "the door tells how many it sent away"
+    )
+
+
+def overloaded(client: httpx.Client) -> float:
+    text = client.get("/metrics").text
+    return sum(
+        map(float, re.findall(r'^hired_request_failures_total\{code="overloaded"\} (.*)$', text, re.M))
+    )
 
 
 def tokens_told(client: httpx.Client) -> float:

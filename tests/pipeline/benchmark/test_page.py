@@ -74,6 +74,7 @@ def test_a_corpus_too_small_for_start_up_is_not_measured(value: float | str) -> 
     figures = {
         "images": 3,
         "threads": 1,
+        "bare_images": 2,
         "bare_images_per_s": spread([2.0]),
         "ray_images_per_s": spread([1.0]) if value == 0.5 else NOT_MEASURED,
         "ray_images_per_s_with_start_up": spread([0.1]),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hired.prompts import Message
-from pipeline.serve.errors import ApiError
+from pipeline.serve.api_error import ApiError
 from pipeline.serve.requests import ChatRequest, parsed
 from tests.pipeline.serve.chats import PICTURE, asked, image_part
 
