@@ -34,15 +34,13 @@ from pipeline.serve.backend import EngineLoad, ModelCard, Query, UnavailableErro
 from pipeline.serve.gate import Admission
 from pipeline.serve.keys import Keys
 from pipeline.serve.settings import Replicas, Settings
-from pipeline.serve.workers import MAX_ENCODE_BATCH, EncodeWorker, GenerateWorker, PartitionWorker
+from pipeline.serve.workers import EncodeWorker, GenerateWorker, PartitionWorker
 
 # A stage that says it is ill three times is replaced.
 HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 30.0
 # Beside the requests that are let in: questions about health and metrics.
 SPARE_REQUESTS = 16
-# Images that wait for a decoder's one child, so that it is never idle.
-IMAGES_AHEAD = 4
 ATTEMPTS = 2
 # What is raised where a stage has no process that could answer.
 GONE = (
@@ -256,15 +254,12 @@ def application(settings: Settings, keys: Keys) -> serve.Application:
     resources = ray.cluster_resources() if ray.is_initialized() else {}
     settings = settled(settings, resources.get("CPU", 4), resources.get("GPU", 0))
     config = settings.config()
-    in_flight = settings.limits.in_flight
-    return _deployment(serve.ingress()(Ingress), settings.ingress, settings, in_flight + SPARE_REQUESTS).bind(
+    return _deployment(serve.ingress()(Ingress), settings.ingress, settings).bind(
         settings,
         keys,
-        _deployment(Partition, settings.partition, settings, IMAGES_AHEAD).bind(config),
-        _deployment(Encode, settings.encode, settings, 2 * MAX_ENCODE_BATCH).bind(config),
-        _deployment(Generate, settings.generate, settings, in_flight + SPARE_REQUESTS).bind(
-            config, settings.generate.parts_per_s
-        ),
+        _deployment(Partition, settings.partition, settings).bind(config),
+        _deployment(Encode, settings.encode, settings).bind(config),
+        _deployment(Generate, settings.generate, settings).bind(config, settings.generate.parts_per_s),
     )
 
 
@@ -291,8 +286,12 @@ def settled(settings: Settings, num_cpus: float, num_gpus: float) -> Settings:
     return settings.model_copy(update=update)
 
 
-def _deployment(worker: type, replicas: Replicas, settings: Settings, ongoing: int) -> Any:
-    """One stage as a deployment; what has begun may end before its process does."""
+def _deployment(worker: type, replicas: Replicas, settings: Settings) -> Any:
+    """One stage as a deployment; what has begun may end before its process does.
+
+    A replica takes all that was let in, and keeps its own queue: Ray Serve's router asks a full one again at
+    growing intervals, and leaves it idle in between.
+    """
     options: dict[str, Any] = {"num_replicas": replicas.min_replicas}
     if replicas.max_replicas > replicas.min_replicas:
         options = {
@@ -304,7 +303,7 @@ def _deployment(worker: type, replicas: Replicas, settings: Settings, ongoing: i
         }
     return serve.deployment(worker).options(
         name=worker.__name__,
-        max_ongoing_requests=ongoing,
+        max_ongoing_requests=settings.limits.in_flight * settings.limits.images + SPARE_REQUESTS,
         ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
