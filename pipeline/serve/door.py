@@ -1,8 +1,8 @@
 """The endpoint's door in Ray Serve's own proxy: whoever is too many is sent away right there.
 
-The gate in the application does the same. But to carry a request there and its refusal back takes two
-processes and some 20 ms of a CPU, taken from the requests that were let in. A proxy calls
-``middlewares`` at its start where the environment names it. Imports nothing heavy: a proxy needs no models.
+The gate in the application does the same. But to carry a request there and its refusal back takes the time of
+two more processes, on cores that they share with the requests that were let in. A proxy calls ``middlewares``
+at its start where the environment names it. Imports nothing heavy: a proxy needs no models.
 """
 
 from __future__ import annotations

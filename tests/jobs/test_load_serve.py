@@ -49,7 +49,7 @@ def phase(url: str, **how: Any) -> dict[str, Any]:
 
 
 def test_answers_are_counted_with_their_tokens_and_times(servers: Servers) -> None:
-    figures = phase(servers.add(create_app(Settings(), Sees())), clients=3, seconds=0.5)
+    figures = phase(servers.add(create_app(Settings(), Sees())), clients=3, seconds=2.0)
     assert figures["answers"] > 3
     assert figures["refused"] == figures["failed"] == 0
     assert figures["output_tokens_per_s"] == pytest.approx(3 * figures["answers_per_s"], rel=0.05)
