@@ -41,6 +41,9 @@ HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 30.0
 # Beside the requests that are let in: questions about health and metrics.
 SPARE_REQUESTS = 16
+# On cores that all stages share generation takes what the others leave. Otherwise it spends them on the few
+# answers that it has, each at the price of many, while images wait to join them.
+NICENESS = 4
 ATTEMPTS = 2
 # What is raised where a stage has no process that could answer.
 GONE = (
@@ -104,6 +107,8 @@ class Generate:
     """Answers."""
 
     def __init__(self, config: Config, parts_per_s: float) -> None:
+        if config.device == "cpu":
+            os.nice(NICENESS)
         self._worker = GenerateWorker(config, parts_per_s)
 
     async def stream(

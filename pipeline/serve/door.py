@@ -63,16 +63,18 @@ class Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let in, or send away."""
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif self._num_inside >= self._in_flight:
+            return
+        counts = scope["method"] not in ("GET", "HEAD")
+        if counts and self._num_inside >= self._in_flight:
             self._num_turned_away += 1
             id = {"x-request-id": id_of(dict(scope["headers"]))}
             await send_error(busy(self._retry_after_s, "the server is busy; try again"), send, id)
-        else:
-            scope[TURNED_AWAY], self._num_turned_away = self._num_turned_away, 0
-            self._num_inside += 1
-            try:
-                await self._app(scope, receive, send)
-            finally:
-                self._num_inside -= 1
+            return
+        scope[TURNED_AWAY], self._num_turned_away = self._num_turned_away, 0
+        self._num_inside += counts
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._num_inside -= counts

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -38,10 +37,6 @@ MAX_ENCODE_BATCH = 16
 # Texts a second for all streams of a worker together: each takes 3 ms of a CPU on its way through two more
 # processes, so with many streams several tokens travel as one.
 PARTS_PER_S = 150.0
-
-# On cores that all stages share generation takes what the others leave. Otherwise it spends them on the few
-# answers that it has, each at the price of many, while images wait to join them.
-NICENESS = 4
 
 News: TypeAlias = Piece | Exception | None
 
@@ -170,8 +165,6 @@ class GenerateWorker:
     """Answers all requests together: one engine, whose batch they join and leave between two steps."""
 
     def __init__(self, config: Config, parts_per_s: float = PARTS_PER_S) -> None:
-        if config.device == "cpu":
-            os.nice(NICENESS)
         self._generator = GenerateStage(config).generator
         self._parts_per_s = parts_per_s
         self._name = metrics.worker()

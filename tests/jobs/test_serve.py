@@ -258,7 +258,6 @@ def test_requests_share_batches_and_more_than_fit_are_sent_away(served: Served, 
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers if answer.status_code == 503)
     assert max(running) > 1, "requests were answered one by one"
     with served.client() as client:
-        assert client.post("/v1/chat/completions", json=asked(PICTURE)).status_code == 200
         turned_away = overloaded(client)
     assert turned_away - turned_away_before == len(answers) - len(good), (
         "the door tells how many it sent away"
