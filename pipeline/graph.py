@@ -53,8 +53,12 @@ def answers(
 
 
 def _read(dataset: Any, stage: type, config: Config, cluster: Cluster) -> Any:
-    """By actors: a node whose CPUs are all given away ends idle processes of tasks after a second."""
-    most = None if config.autoscaling else workers(config, cluster)["read"].actors
+    """By actors: a node whose CPUs are all given away ends idle processes of tasks after a second.
+
+    One reads for several that partition, even from afar; so few more than the CPUs left over hinder nobody.
+    """
+    left_over = workers(config, cluster)["read"].actors
+    most = None if config.autoscaling else max(left_over, (config.partition.max_actors or 1) // 4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)
         return dataset.map_batches(
