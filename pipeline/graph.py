@@ -59,35 +59,43 @@ def _read(dataset: Any, stage: type, config: Config, cluster: Cluster) -> Any:
     """
     left_over = workers(config, cluster)["read"].actors
     most = None if config.autoscaling else max(left_over, (config.partition.max_actors or 1) // 4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        return dataset.map_batches(
-            stage,
-            fn_constructor_args=(config,),
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
-            num_cpus=cluster.task_cpus,
-            max_task_retries=MAX_TASK_RETRIES,
-        )
+    return _by_actors(
+        dataset,
+        stage,
+        config,
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
+        num_cpus=cluster.task_cpus,
+    )
 
 
 def _mapped(
     dataset: Any, stage: type, pool: Pool, config: Config, attempts: Any, concurrent_calls: int = 1
 ) -> Any:
+    return _by_actors(
+        dataset,
+        type(stage.__name__, (Guarded,), {}),  # the name that Ray shows
+        stage,
+        config,
+        attempts,
+        config.batch_timeout_s,
+        batch_size=pool.batch_size,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(
+            min_size=pool.min_actors,
+            max_size=pool.max_actors,
+            max_concurrent_calls_per_actor=concurrent_calls,
+        ),
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus,
+    )
+
+
+def _by_actors(dataset: Any, worker: type, *arguments: Any, **options: Any) -> Any:
+    """The dataset through actors of this class, made with these arguments."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # max_task_retries has no successor yet
         return dataset.map_batches(
-            type(stage.__name__, (Guarded,), {}),  # the name that Ray shows
-            fn_constructor_args=(stage, config, attempts, config.batch_timeout_s),
-            batch_size=pool.batch_size,
-            batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(
-                min_size=pool.min_actors,
-                max_size=pool.max_actors,
-                max_concurrent_calls_per_actor=concurrent_calls,
-            ),
-            num_cpus=pool.num_cpus,
-            num_gpus=pool.num_gpus,
-            max_task_retries=MAX_TASK_RETRIES,
+            worker, fn_constructor_args=arguments, max_task_retries=MAX_TASK_RETRIES, **options
         )
