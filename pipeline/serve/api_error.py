@@ -45,11 +45,6 @@ def come_back(status: int, message: str, type: str, code: str, seconds: float) -
     return ApiError(status, message, type, code, headers={"Retry-After": str(max(1, math.ceil(seconds)))})
 
 
-def busy(seconds: float, message: str) -> ApiError:
-    """There is no room for one more."""
-    return come_back(503, message, SERVER, "overloaded", seconds)
-
-
 async def send_error(error: ApiError, send: Send, more: Mapping[str, str] = MappingProxyType({})) -> None:
     """The error as a whole answer, with ``more`` headers."""
     body = json.dumps(error.body).encode()

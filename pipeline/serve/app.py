@@ -19,10 +19,11 @@ from starlette.types import Receive, Scope, Send
 
 from hired.errors import HiredError
 from pipeline.serve import errors, playground, requests
+from pipeline.serve.admission import Admission
 from pipeline.serve.api_error import SERVER, ApiError, come_back, invalid
 from pipeline.serve.backend import Backend
 from pipeline.serve.chat import Chat
-from pipeline.serve.gate import Admission, Gate
+from pipeline.serve.gate import Gate
 from pipeline.serve.images import ImageSource
 from pipeline.serve.keys import WITHOUT_KEYS, Keys
 from pipeline.serve.responses import ChatCompletion, ErrorResponse, Model, ModelList
@@ -90,7 +91,7 @@ def create_app(
         settings=settings,
         keys=keys,
         telemetry=telemetry,
-        admission=admission or Admission(settings.limits),
+        admission=admission or Admission(settings.limits.in_flight, settings.limits.retry_after_s),
         sends_request_id=sends_request_id,
         open_paths=frozenset(open_paths),
         routes=routes,

@@ -29,9 +29,9 @@ from hired.errors import ConfigurationError, HiredError
 from hired.types import Caption, Partitions, VisualTokens
 from pipeline.config import Config
 from pipeline.resources import ENCODE_GPU_SHARE, GENERATE_GPU_SHARE
+from pipeline.serve.admission import Admission
 from pipeline.serve.app import create_app
 from pipeline.serve.backend import EngineLoad, ModelCard, Query, UnavailableError
-from pipeline.serve.gate import Admission
 from pipeline.serve.keys import Keys
 from pipeline.serve.settings import Replicas, Settings
 from pipeline.serve.workers import EncodeWorker, GenerateWorker, PartitionWorker
@@ -137,7 +137,7 @@ class Ingress:
         logging.getLogger("pipeline").setLevel(logging.INFO)
         self._settings, self._keys = settings, keys
         self._backend = ServeBackend(partition, encode, generate)
-        self._admission = Admission(settings.limits)
+        self._admission = Admission(settings.limits.in_flight, settings.limits.retry_after_s)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(

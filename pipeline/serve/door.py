@@ -11,17 +11,18 @@ import os
 import re
 import uuid
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hired.errors import ConfigurationError
-from pipeline.serve.api_error import busy, send_error
+from pipeline.serve.admission import Admission
+from pipeline.serve.api_error import send_error
 
 IN_FLIGHT, RETRY_AFTER_S = "HIRED_IN_FLIGHT", "HIRED_RETRY_AFTER_S"
 # In the scope of a request: how many were turned away since the one before.
 TURNED_AWAY = "hired.turned_away"
-
 
 _GIVEN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
@@ -57,24 +58,20 @@ class Door:
     """The proxy behind a limit of requests at once; those that only read pass always."""
 
     def __init__(self, app: ASGIApp, *, in_flight: int, retry_after_s: float) -> None:
-        self._app = app
-        self._in_flight, self._retry_after_s = in_flight, retry_after_s
-        self._num_inside, self._num_turned_away = 0, 0
+        self._app, self._admission = app, Admission(in_flight, retry_after_s)
+        self._num_turned_away = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let in, or send away."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        counts = scope["method"] not in ("GET", "HEAD")
-        if counts and self._num_inside >= self._in_flight:
+        only_reads = scope["method"] in ("GET", "HEAD")
+        refusal = None if only_reads else self._admission.refusal
+        if refusal is not None:
             self._num_turned_away += 1
-            id = {"x-request-id": id_of(dict(scope["headers"]))}
-            await send_error(busy(self._retry_after_s, "the server is busy; try again"), send, id)
+            await send_error(refusal, send, {"x-request-id": id_of(dict(scope["headers"]))})
             return
         scope[TURNED_AWAY], self._num_turned_away = self._num_turned_away, 0
-        self._num_inside += counts
-        try:
+        with nullcontext() if only_reads else self._admission:
             await self._app(scope, receive, send)
-        finally:
-            self._num_inside -= counts

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.serve import errors
-from pipeline.serve.api_error import ApiError, busy, come_back, send_error
+from pipeline.serve.admission import Admission
+from pipeline.serve.api_error import ApiError, come_back, send_error
 from pipeline.serve.door import TURNED_AWAY, id_of
 from pipeline.serve.keys import Keys
 from pipeline.serve.pace import Pace
-from pipeline.serve.settings import Limits, Settings
+from pipeline.serve.settings import Settings
 from pipeline.serve.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -62,28 +63,6 @@ class _Head:
     @property
     def only_reads(self) -> bool:
         return self.method in ("GET", "HEAD")
-
-
-class Admission:
-    """Lets in as many requests at once as the limits say, and none once it is closed."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._is_closed = False
-        self.num_inside = 0
-
-    def close(self) -> None:
-        """Let nobody in any more; who is inside may end."""
-        self._is_closed = True
-
-    def __enter__(self) -> None:
-        if self._is_closed or self.num_inside >= self._limits.in_flight:
-            message = "the server is closing" if self._is_closed else "the server is busy; try again"
-            raise busy(self._limits.retry_after_s, message)
-        self.num_inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        self.num_inside -= 1
 
 
 class Gate:

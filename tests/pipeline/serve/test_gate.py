@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
+from pipeline.serve.admission import Admission
 from pipeline.serve.app import create_app
-from pipeline.serve.gate import Admission
 from pipeline.serve.keys import Keys
 from pipeline.serve.settings import Limits, Settings
 from tests.pipeline.serve.chats import PICTURE, asked
@@ -143,7 +143,7 @@ def test_more_than_fit_are_sent_away_at_once_and_told_when_to_come_back(servers:
 
 def test_a_closed_door_lets_those_inside_end(servers: Servers) -> None:
     fake, settings = FakeBackend(hold_after=1), Settings()
-    admission = Admission(settings.limits)
+    admission = Admission(settings.limits.in_flight, settings.limits.retry_after_s)
     url = servers.add(create_app(settings, fake, admission=admission))
     with ThreadPoolExecutor(1) as threads:
         inside = threads.submit(httpx.post, url + CHAT, json=asked(PICTURE), timeout=60)
