@@ -181,10 +181,12 @@ class ContinuousEngine:
             if sequence.extent is None:
                 return
             self._running[sequence.handle] = self._waiting.popleft()
-            prefix = self._prefixes.get(sequence.request.shared_prefix)
+            ids = sequence.request.shared_prefix
+            prefix = self._prefixes.pop(ids, None)
             if prefix is not None:
+                self._prefixes[ids] = prefix  # the last one used is the last one given up
                 self.cache.put(sequence.extent.start, prefix)
-                sequence.num_cached = len(sequence.request.shared_prefix)
+                sequence.num_cached = len(ids)
 
     def _segments(self) -> list[tuple[Sequence, Segment]]:
         """What the next pass works on, in order of the extents."""
@@ -214,7 +216,7 @@ class ContinuousEngine:
         self._last_ids[self._places([segments[row][1].start for row in rows])] = ids.clamp(min=0)
         for sequence, segment in segments:
             sequence.advance(segment)
-            self._keep_prefix(sequence)
+            self._keep_prefix(sequence, segment)
         return _Pass(drawing, ids)
 
     def _logits(self, segments: list[tuple[Sequence, Segment]]) -> tuple[Tensor, list[int]]:
@@ -251,10 +253,13 @@ class ContinuousEngine:
     def _places(self, indices: Several[int]) -> Tensor:
         return sent(torch.tensor(indices, dtype=torch.int64), self.decoder.device)
 
-    def _keep_prefix(self, sequence: Sequence) -> None:
-        """Once the first prompt of its kind is past it, its shared prefix is computed for all."""
+    def _keep_prefix(self, sequence: Sequence, segment: Segment) -> None:
+        """The pass in which the first prompt of its kind gets past it computes its shared prefix for all.
+
+        Later passes of the same sequence keep nothing: by then others may need the room.
+        """
         ids = sequence.request.shared_prefix
-        if ids and ids not in self._prefixes and sequence.num_cached >= len(ids):
+        if segment.num_cached < len(ids) <= segment.num_after and ids not in self._prefixes:
             if len(self._prefixes) == MAX_PREFIXES:
                 self._prefixes.pop(next(iter(self._prefixes)))
             assert sequence.extent is not None

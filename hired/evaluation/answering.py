@@ -44,14 +44,13 @@ class _Group:
     tokens: VisualTokens
     items: tuple[Item, ...]
     generator: Generator
+    num_newlines: int
 
     def answer(self, item: Item, outcome: Outcome) -> Answer:
         if not isinstance(outcome, Completion):
             raise GenerationError(f"{self.arm.name} cannot answer {item.key}: {outcome}") from outcome
-        num_places = len(self.generator.layout(self.tokens))
-        num_tokens = len(self.tokens)
         text = self.generator.text(outcome)
-        return Answer(item, self.arm, text, num_tokens, num_places - num_tokens)
+        return Answer(item, self.arm, text, len(self.tokens), self.num_newlines)
 
 
 class Respondent:
@@ -84,7 +83,8 @@ class Respondent:
             generator = self._generator.packing(arm.newlines, arm.positions)
             for tokens, (_, items) in zip(by_picture, pictures, strict=True):
                 longest_first = sorted(items, key=lambda item: -item.max_new_tokens)
-                yield _Group(arm, tokens, tuple(longest_first), generator)
+                num_newlines = len(generator.layout(tokens)) - len(tokens)
+                yield _Group(arm, tokens, tuple(longest_first), generator, num_newlines)
 
 
 def _asked(groups: Iterator[_Group], engine: Engine) -> Iterator[tuple[int, Answer]]:

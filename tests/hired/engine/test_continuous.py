@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hired.engine import GREEDY, Completion, Request, Sampling
+from hired.engine import continuous as continuous_engine
 from hired.engine.continuous import ContinuousEngine
 from hired.engine.decoder import Attend
 from hired.errors import CapacityError, ConfigurationError
@@ -135,7 +136,45 @@ def test_a_known_prefix_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -
     ids = tuple(range(10, 30))
     engine = continuous()
     one = prefixed(request(4, max_new_tokens=1), ids, engine.decoder.embed)
-    num_tokens = []
+    num_tokens = _counted(engine, monkeypatch)
+    engine.generate([one])
+    engine.generate([one])
+    assert num_tokens == [24, 4]
+
+
+def test_a_long_answer_does_not_bring_back_the_prefix_that_was_given_up_for_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(continuous_engine, "MAX_PREFIXES", 1)
+    engine = continuous()
+    embed = engine.decoder.embed
+    long = prefixed(request(4, max_new_tokens=9), tuple(range(10, 30)), embed)
+    other = prefixed(request(4, max_new_tokens=1), tuple(range(40, 60)), embed)
+    num_tokens = _counted(engine, monkeypatch)
+
+    for one in (long, other, other, other):
+        engine.submit(one)
+        engine.step()
+    assert num_tokens == [24, 1 + 24, 1 + 4, 1 + 4]
+
+
+def test_the_prefix_that_is_in_use_is_the_last_to_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(continuous_engine, "MAX_PREFIXES", 2)
+    engine = continuous()
+    one, two, three = (
+        prefixed(request(4, max_new_tokens=1), tuple(range(first, first + 20)), engine.decoder.embed)
+        for first in (10, 30, 50)
+    )
+    num_tokens = _counted(engine, monkeypatch)
+
+    for asked in (one, two, one, three, one):
+        engine.generate([asked])
+    assert num_tokens == [24, 24, 4, 24, 4]
+
+
+def _counted(engine: ContinuousEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of each pass from now on."""
+    num_tokens: list[int] = []
     forward = engine.decoder.forward
 
     def counted(embeddings: Tensor, positions: Tensor, attend: Attend) -> Tensor:
@@ -143,9 +182,7 @@ def test_a_known_prefix_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -
         return forward(embeddings, positions, attend)
 
     monkeypatch.setattr(engine.decoder, "forward", counted)
-    engine.generate([one])
-    engine.generate([one])
-    assert num_tokens == [24, 4]
+    return num_tokens
 
 
 def test_closing_a_stream_cancels_what_runs() -> None:
