@@ -44,9 +44,18 @@ FLAGS: dict[str, Told] = {
     "random_seeds": ({"type": int}, "how often the policy random draws"),
     "ablation_budget": ({"type": float}, "share of the tokens at which decisions are changed one by one"),
     "ablation_pictures": ({"type": int}, "how many of the pictures the ablations are asked about"),
+    "fastv_layers": (
+        {"nargs": "+", "type": int},
+        "numbers of layers that see all tokens in the comparison with FastV",
+    ),
+    "fastv_pictures": ({"type": int}, "how many of the pictures FastV is asked about, which is slow"),
     "attention_pictures": ({"type": int}, "how many of the pictures attention is read on"),
     "draws": ({"type": int}, "of the bootstrap"),
     "speed": ({"type": Path}, "a benchmark's record, to draw accuracy against images/s"),
+    "beside": (
+        {"nargs": "+", "type": Path},
+        "records of the same evaluation of other models, to compare with",
+    ),
     "device": ({}, "cpu or cuda; a GPU if there is one"),
     "dtype": ({}, "float32, bfloat16 or float16"),
     "actors": ({"type": int}, "workers; one a GPU, or one for --threads cores"),

@@ -21,19 +21,30 @@ from hired.budget import Budget
 from hired.engine.decoder import Decoder
 from hired.errors import ConfigurationError
 from hired.evaluation.language import attention, decoder_of, gathered, groups, seen
-from hired.types import Caption, Partitions
+from hired.types import Caption, VisualTokens
 
 if TYPE_CHECKING:
     from hired.engine import Request
     from hired.vlm import VLM
 
 NUM_FULL_LAYERS = 2  # the paper's K
-KEEP_ALL = Budget(rate=1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class FastV:
+    """One way of answering: ``budget`` of the visual tokens above the first ``num_full_layers``."""
+
+    budget: Budget
+    num_full_layers: int = NUM_FULL_LAYERS
+
+    @property
+    def name(self) -> str:
+        return f"fastv K={self.num_full_layers}"
 
 
 def generate(
     vlm: VLM,
-    partitions: Sequence[Partitions],
+    tokens: Sequence[VisualTokens],
     prompts: str | Sequence[str],
     budget: Budget,
     *,
@@ -42,8 +53,8 @@ def generate(
 ) -> list[Caption]:
     """Greedy answers, ended by the tokenizer's end of sequence.
 
-    One prompt and limit for all or one an image. ``budget`` is taken of all visual tokens, newlines included;
-    its alpha has no meaning.
+    ``tokens`` are those of the policy keep-all. One prompt and limit for all or one an image. ``budget`` is
+    taken of all visual tokens, newlines included; its alpha has no meaning.
     ``visual_tokens_kept`` counts those above the first ``num_full_layers``. Raises ConfigurationError where
     the language model has no layer above them, and what ``language.decoder_of`` raises.
     """
@@ -53,9 +64,8 @@ def generate(
             f"num_full_layers={num_full_layers} leaves no layer to rank by or none to drop in; of this "
             f"language model's {decoder.shape.num_layers} layers give 1 to {decoder.shape.num_layers - 1}"
         )
-    asked = [prompts] * len(partitions) if isinstance(prompts, str) else prompts
-    limits = [max_new_tokens] * len(partitions) if isinstance(max_new_tokens, int) else max_new_tokens
-    tokens = vlm.encode(partitions, budget=KEEP_ALL, policy="keep-all")
+    asked = [prompts] * len(tokens) if isinstance(prompts, str) else prompts
+    limits = [max_new_tokens] * len(tokens) if isinstance(max_new_tokens, int) else max_new_tokens
     requests = [
         vlm.generator.request(image, prompt, max_new_tokens=limit)
         for image, prompt, limit in zip(tokens, asked, limits, strict=True)
@@ -68,10 +78,12 @@ def generate(
     return captions
 
 
-def mean_visual_tokens(caption: Caption, num_layers: int, num_full_layers: int = NUM_FULL_LAYERS) -> float:
-    """The visual tokens of a FastV answer that a layer saw, a mean over layers: what its prefill costs."""
-    above = num_layers - num_full_layers
-    return (caption.visual_tokens_full * num_full_layers + caption.visual_tokens_kept * above) / num_layers
+def mean_visual_tokens(num_full: float, num_kept: float, num_layers: int, num_full_layers: int) -> float:
+    """The visual tokens that a layer saw, a mean over layers: what a prefill of FastV costs.
+
+    ``num_full`` of them in the first ``num_full_layers`` and ``num_kept`` above.
+    """
+    return (num_full * num_full_layers + num_kept * (num_layers - num_full_layers)) / num_layers
 
 
 @dataclass(slots=True)

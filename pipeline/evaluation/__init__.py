@@ -2,6 +2,7 @@
 
     tasks --answers.py (Ray)--> one row an item and arm --figures.py--> record --page.py, plots.py--> docs
 
-``sets.py`` reads and writes tasks, ``arms.py`` lists what is compared, ``looking.py`` is about the model's
-attention alone, ``paper.py`` holds the paper's numbers, ``run.py`` puts it together.
+``sets.py`` reads and writes tasks, ``arms.py`` lists what is compared, ``asking.py`` asks it on a worker,
+``looking.py`` is about the model's attention alone, ``records.py`` orders a record's arms, ``conclusions.py``
+and ``markdown.py`` put them into words, ``paper.py`` holds the paper's numbers, ``run.py`` puts it together.
 """

@@ -13,45 +13,22 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-import torch
 
-from hired import families
-from hired.engine import EngineOptions
 from hired.errors import ConfigurationError
-from hired.evaluation.answering import Respondent
-from hired.evaluation.arms import Arm
 from hired.evaluation.items import Picture
-from hired.evaluation.scoring import score
-from hired.partitioning import partition
 from pipeline.driving import Stop, stopped_by_signals
 from pipeline.evaluation.arms import described
+from pipeline.evaluation.asking import AnyArm, Asker, Worker
 from pipeline.manifest import fingerprint
 from pipeline.storage import Store
 
 IDENTITY = "identity.json"
-# On CPUs: some hundred sequences of a small model, in memory that stays in use. GPUs take what is free.
-CPU_CACHE_BYTES = 512 * 2**20
-
-SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("task", pa.string()),
-        ("picture", pa.string()),
-        ("arm", pa.string()),
-        ("rate", pa.float64()),
-        ("answer", pa.string()),
-        ("score", pa.float64()),
-        ("tokens", pa.int32()),
-        ("newlines", pa.int32()),
-    ]
-)
 
 log = logging.getLogger(__name__)
 
@@ -60,59 +37,15 @@ class Interrupted(Exception):  # noqa: N818
     """The run was asked to end, and can go on from where it is."""
 
 
-@dataclass(frozen=True, slots=True)
-class Worker:
-    """What a worker loads, and how many of them there are."""
-
-    model: str
-    checkpoint: Path
-    device: str
-    dtype: str | None
-    threads: int
-    actors: int
-
-
-class Asker:
-    """Asks the questions about a chunk of pictures; one an actor."""
-
-    def __init__(self, worker: Worker, arms: Sequence[Arm]) -> None:
-        torch.set_num_threads(worker.threads)
-        cache = CPU_CACHE_BYTES if worker.device == "cpu" else None
-        encoder = families.load_encoder(worker.checkpoint, device=worker.device, dtype=worker.dtype)
-        generator = families.load_generator(
-            worker.checkpoint,
-            device=worker.device,
-            dtype=worker.dtype,
-            engine=EngineOptions(kv_cache_bytes=cache),
-        )
-        self._tiling = encoder.tiling
-        self._respondent = Respondent(encoder, generator)
-        self._arms = arms
-
-    def answers(self, pictures: Sequence[Picture]) -> pa.Table:
-        """One row an item and arm."""
-        seen = [(partition(picture.data, self._tiling), picture.items) for picture in pictures]
-        rows = [
-            {
-                "key": answer.item.key,
-                "task": answer.item.task,
-                "picture": answer.item.picture,
-                "arm": answer.arm.name,
-                "rate": answer.arm.budget.rate,
-                "answer": answer.text,
-                "score": score(answer.item.metric, answer.text, answer.item.answers),
-                "tokens": answer.num_tokens,
-                "newlines": answer.num_newlines,
-            }
-            for answer in self._respondent.answers(seen, self._arms)
-        ]
-        return pa.Table.from_pylist(rows, SCHEMA)
-
-
 def answer_all(
-    store: Store, worker: Worker, pictures: Sequence[Picture], arms: Sequence[Arm], chunk: int
+    store: Store,
+    worker: Worker,
+    pictures: Sequence[Picture],
+    arms: Sequence[AnyArm],
+    chunk: int,
+    asker: type[Asker],
 ) -> pa.Table:
-    """All rows, in the order of pictures; computes what the store does not hold yet.
+    """All rows, in the order of pictures; an ``asker`` of these arms computes what is not stored yet.
 
     Raises ConfigurationError for a store whose answers were given otherwise, Interrupted after SIGTERM.
     """
@@ -126,15 +59,21 @@ def answer_all(
         _check_identity(store, _identity(worker, arms))
         missing = {name: some for name, some in chunks.items() if not store.exists(name)}
         if missing:
-            _compute(store, worker, missing, arms)
+            _compute(store, worker, missing, arms, asker)
         return pa.concat_tables(_read(store, name) for name in chunks)
 
 
-def _compute(store: Store, worker: Worker, chunks: dict[str, Sequence[Picture]], arms: Sequence[Arm]) -> None:
+def _compute(
+    store: Store,
+    worker: Worker,
+    chunks: dict[str, Sequence[Picture]],
+    arms: Sequence[AnyArm],
+    asker: type[Asker],
+) -> None:
     connect()
     started_s, done, total = time.perf_counter(), 0, sum(len(some) for some in chunks.values())
     with stopped_by_signals() as stop:
-        for name, table in _computed(worker, chunks, arms, stop):
+        for name, table in _computed(worker, chunks, arms, asker, stop):
             sink = pa.BufferOutputStream()
             pq.write_table(table, sink, compression="zstd")
             store.write(name, sink.getvalue().to_pybytes())
@@ -150,10 +89,14 @@ def _compute(store: Store, worker: Worker, chunks: dict[str, Sequence[Picture]],
 
 
 def _computed(
-    worker: Worker, chunks: dict[str, Sequence[Picture]], arms: Sequence[Arm], stop: Stop
+    worker: Worker,
+    chunks: dict[str, Sequence[Picture]],
+    arms: Sequence[AnyArm],
+    asker: type[Asker],
+    stop: Stop,
 ) -> Iterator[tuple[str, pa.Table]]:
     """The chunks as they are answered; none is begun once a stop was asked for."""
-    actor_type = ray.remote(Asker).options(
+    actor_type = ray.remote(asker).options(
         num_cpus=min(worker.threads, ray.cluster_resources().get("CPU", 1) / worker.actors),
         num_gpus=1 if worker.device.startswith("cuda") else 0,
         max_restarts=2,
@@ -198,7 +141,7 @@ def _name(first: int, pictures: Sequence[Picture]) -> str:
     return f"chunk-{first:06d}-{len(pictures):03d}-{digest}.parquet"
 
 
-def _identity(worker: Worker, arms: Sequence[Arm]) -> dict[str, Any]:
+def _identity(worker: Worker, arms: Sequence[AnyArm]) -> dict[str, Any]:
     return {
         "model": fingerprint(worker.model, worker.checkpoint).sha256,
         "dtype": worker.dtype or "auto",

@@ -1,4 +1,4 @@
-"""What is compared: the arms of the table and of the ablations."""
+"""What is compared: the arms of the table, of the ablations, and of FastV."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hired.budget import Budget
 from hired.errors import ConfigurationError
 from hired.evaluation.ablations import variants
 from hired.evaluation.arms import Arm
+from hired.evaluation.fastv import FastV
 from hired.policies import Policy
 from hired.policies.keep_all import KeepAll
 from hired.policies.prumerge import PruMerge
@@ -51,6 +52,23 @@ def ablation_arms(options: Options, *, feature_layer: int, num_heads: int) -> li
     return [keep_all, *variants(budget, feature_layer=feature_layer, num_heads=num_heads)]
 
 
+def fastv_arms(options: Options, num_layers: int) -> list[FastV]:
+    """FastV, for each number of layers that see all tokens, at every budget.
+
+    Raises ConfigurationError where that leaves none of a language model's ``num_layers`` to drop in.
+    """
+    if max(options.fastv_layers) >= num_layers:
+        raise ConfigurationError(
+            f"--fastv-layers {max(options.fastv_layers)}: the language model has {num_layers} layers, "
+            f"of which 1 to {num_layers - 1} can see all tokens"
+        )
+    return [
+        FastV(Budget(rate=rate), num_full_layers)
+        for num_full_layers in options.fastv_layers
+        for rate in options.wanted.budgets
+    ]
+
+
 def _policies(name: str, options: Options) -> Iterator[tuple[str, Policy]]:
     if name == "random":
         for seed in range(options.wanted.random_seeds):
@@ -79,8 +97,10 @@ def _imported(place: str) -> Policy:
     return policy
 
 
-def described(arm: Arm) -> dict[str, Any]:
+def described(arm: Arm | FastV) -> dict[str, Any]:
     """An arm as a run's identity and record have it."""
+    if isinstance(arm, FastV):
+        return {"name": arm.name, "rate": arm.budget.rate, "num_full_layers": arm.num_full_layers}
     policy = arm.policy
     options: tuple[Field[Any], ...] = fields(policy) if is_dataclass(policy) else ()
     return {

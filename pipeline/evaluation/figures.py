@@ -6,7 +6,7 @@ questions; the mean over tasks weighs all tasks alike.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hired.errors import ConfigurationError
+from hired.evaluation.fastv import mean_visual_tokens
 from hired.evaluation.statistics import Bootstrap, Interval, Statistic, mean, mean_over_tasks, over_seeds
 from pipeline.evaluation.arms import FULL_IMAGE, KEEP_ALL
 
@@ -24,6 +25,7 @@ Key: TypeAlias = tuple[str, float]
 Triple: TypeAlias = tuple[float, float, float]
 
 HIRED = "hired"
+SPREAD = "hired-spread"
 # Fewer items than this say nothing about what is left when the easy ones are taken away.
 FEWEST = 20
 # A policy that sends so much more or less than its budget is named on the page.
@@ -111,14 +113,43 @@ def table(answers: Answers, draws: int) -> dict[str, Any]:
 
 def ablations(answers: Answers, rate: float, draws: int) -> dict[str, Any]:
     """Each variant's mean over tasks, and how far it is from HiRED as it stands."""
+    return {"rate": rate, **_against_hired(answers, draws)}
+
+
+def in_language(answers: pa.Table, others: pa.Table, num_layers: int, draws: int) -> dict[str, Any]:
+    """FastV's ``answers`` beside those of ``others`` that drop before the language model, same pictures.
+
+    Of ``others`` everything kept, HiRED and what was made to beat it are taken. The cost of an arm is the
+    visual tokens that a layer sees, newlines included, a mean over the ``num_layers`` layers.
+    """
+    beside = pc.and_(
+        pc.is_in(others["picture"], answers["picture"].unique()),
+        pc.is_in(others["arm"], pa.array([KEEP_ALL, HIRED, SPREAD])),
+    )
+    record = _against_hired(Answers.of(pa.concat_tables([others.filter(beside), answers])), draws)
+    everything = sent(record["arms"][_name((KEEP_ALL, 1.0))])
+    for arm in record["arms"].values():
+        num_full_layers = int(arm["name"].partition("K=")[2] or 0)
+        arm["tokens_a_layer"] = round(
+            mean_visual_tokens(everything, sent(arm), num_layers, num_full_layers), 2
+        )
+    return record
+
+
+def _against_hired(answers: Answers, draws: int) -> dict[str, Any]:
+    """Every arm's tasks and mean, and how far it is from HiRED at the same budget."""
     arms = [key for key in answers.scores if key[0] != KEEP_ALL]
-    record: dict[str, Any] = {"rate": rate, "arms": {_name(key): _tokens(answers, key) for key in arms}}
     everything = [(KEEP_ALL, 1.0), *arms]
-    record["arms"][_name(everything[0])] = _tokens(answers, everything[0])
+    record: dict[str, Any] = {"arms": {_name(key): _tokens(answers, key) for key in everything}}
     _fill(record["arms"], answers, everything, "tasks", "mean", draws, np.ones(len(answers.tasks), bool))
     record["differences"] = differences(answers, arms, draws)
     record["items"], record["pictures"] = len(answers.tasks), len(set(answers.pictures))
     return record
+
+
+def sent(arm: Mapping[str, Any]) -> float:
+    """What reached the language model for an image, newlines included."""
+    return float(arm["tokens"] + arm["newlines"])
 
 
 def differences(answers: Answers, arms: Sequence[Key], draws: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from hired.evaluation.looking import (
 )
 from hired.types import Grid
 from hired.vlm import VLM
-from pipeline.evaluation.answers import Worker
+from pipeline.evaluation.asking import Worker
 
 PROMPT = "Describe the image."
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)

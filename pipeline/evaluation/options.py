@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hired.errors import ConfigurationError
 
-SECTIONS = ("table", "ablations", "attention")
+SECTIONS = ("table", "ablations", "fastv", "attention")
 POLICIES = (
     *("keep-all", "random", "grid", "pool", "thumbnail", "hired", "hired-reference", "prumerge"),
     *("prumerge+", "visionzip", "divprune", "scope", "hired-scope", "hired-spread"),
@@ -53,9 +53,12 @@ class Options:
     random_seeds: int | None = None
     ablation_budget: float = 0.1
     ablation_pictures: int | None = None
+    fastv_layers: tuple[int, ...] = (1, 2)
+    fastv_pictures: int = 42
     attention_pictures: int = 42
     draws: int = 10_000
     speed: Path = Path("docs/results/benchmark-embedded.json")
+    beside: tuple[Path, ...] = ()
     device: str | None = None
     dtype: str | None = None
     actors: int | None = None
@@ -70,13 +73,25 @@ class Options:
             raise ConfigurationError(f"--profile {self.profile}: use {' or '.join(PROFILES)}")
         if unknown := set(self.sections) - set(SECTIONS):
             raise ConfigurationError(f"--sections {' '.join(sorted(unknown))}: use {', '.join(SECTIONS)}")
-        for name in ("questions", "max_new_tokens", "attention_pictures", "draws", "threads", "chunk"):
+        for name in (
+            "questions",
+            "max_new_tokens",
+            "fastv_pictures",
+            "attention_pictures",
+            "draws",
+            "threads",
+            "chunk",
+        ):
             self._check_positive(name)
         for name in ("pictures", "random_seeds", "ablation_pictures", "actors"):
             if getattr(self, name) is not None:
                 self._check_positive(name)
         if not all(0 < budget <= 1 for budget in (*self.budgets, self.ablation_budget)):
             raise ConfigurationError("--budgets and --ablation-budget are rates above 0 and up to 1")
+        if any(number < 1 for number in self.fastv_layers):
+            raise ConfigurationError("--fastv-layers: at least one layer must see all tokens to rank them by")
+        if "fastv" in self.wanted.sections and "table" not in self.wanted.sections:
+            raise ConfigurationError("--sections fastv is compared with the table's arms: add table")
         if not 0 <= self.seed < TUNING:
             raise ConfigurationError(f"--seed must be from 0 to {TUNING - 1}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -16,10 +16,9 @@ from matplotlib.figure import Figure
 
 from pipeline.evaluation import paper
 from pipeline.evaluation.arms import FULL_IMAGE, KEEP_ALL
-from pipeline.evaluation.options import POLICIES
+from pipeline.evaluation.figures import sent
+from pipeline.evaluation.records import Record, curves
 from pipeline.storage import Store
-
-Record = Mapping[str, Any]
 
 _MARKERS = "osD^vP*X<>hdp"
 _STRONG = {"hired": "#c1121f", "random": "#6c757d", "thumbnail": "#343a40", "keep-all": "black"}
@@ -36,6 +35,7 @@ def plot(record: Record, store: Store) -> dict[str, str]:
         "tokens-an-image": (_tokens_an_image, "table"),
         "alpha": (_alpha, "ablations"),
         "ablations": (_ablations, "ablations"),
+        "fastv": (_fastv, "fastv"),
         "attention-share": (_attention_share, "attention"),
         "attention-maps": (_attention_maps, "attention"),
     }
@@ -48,16 +48,6 @@ def plot(record: Record, store: Store) -> dict[str, str]:
         drawn[name] = f"{name}.png"
         store.write(drawn[name], buffer.getvalue())
     return drawn
-
-
-def curves(table: Record) -> dict[str, list[Record]]:
-    """The arms of each policy, the smallest budget first."""
-    found: dict[str, list[Record]] = {}
-    for arm in sorted(table["arms"].values(), key=lambda arm: arm["rate"]):
-        if arm["name"] not in (KEEP_ALL, FULL_IMAGE):
-            found.setdefault(arm["name"], []).append(arm)
-    order = {name: number for number, name in enumerate(POLICIES)}
-    return dict(sorted(found.items(), key=lambda pair: order.get(pair[0], len(order))))
 
 
 def _style(number: int, name: str) -> dict[str, Any]:
@@ -73,10 +63,6 @@ def _style(number: int, name: str) -> dict[str, Any]:
     }
 
 
-def _sent(arm: Record) -> float:
-    return float(arm["tokens"] + arm["newlines"])
-
-
 def _pareto_tokens(record: Record) -> Figure:
     """Accuracy against what the language model was really sent."""
     figure, axes = plt.subplots(figsize=(8.6, 5.6))
@@ -85,14 +71,14 @@ def _pareto_tokens(record: Record) -> Figure:
         means = np.array([arm["mean"] for arm in arms]) * 100
         errors = np.abs(means[:, 1:].T - means[:, 0])
         axes.errorbar(
-            [_sent(arm) for arm in arms], means[:, 0], yerr=errors, capsize=2, elinewidth=0.7,
+            [sent(arm) for arm in arms], means[:, 0], yerr=errors, capsize=2, elinewidth=0.7,
             **_style(number, name),
         )  # fmt: skip
     for name, words, above in ((KEEP_ALL, "all tokens", 7), (FULL_IMAGE, "full-image alone", -16)):
         arm = table["arms"][f"{name} at 1"]
-        axes.scatter([_sent(arm)], [arm["mean"][0] * 100], color="black", zorder=4, s=24)
+        axes.scatter([sent(arm)], [arm["mean"][0] * 100], color="black", zorder=4, s=24)
         axes.annotate(
-            words, (_sent(arm), arm["mean"][0] * 100), (0, above), textcoords="offset points", ha="center"
+            words, (sent(arm), arm["mean"][0] * 100), (0, above), textcoords="offset points", ha="center"
         )
     _finish(axes, "tokens an image that reached the language model, newlines included", "mean over tasks, %")
     axes.set_xscale("log")
@@ -236,6 +222,25 @@ def _ablations(record: Record) -> Figure | None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(differences)), [name for name, _ in differences], fontsize=8)
     _finish(axes, "mean over tasks less HiRED's, points of a hundred", "")
+    return figure
+
+
+def _fastv(record: Record) -> Figure:
+    """Accuracy against the tokens that a layer of the language model sees."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.4))
+    section = record["fastv"]
+    for number, (name, arms) in enumerate(curves(section).items()):
+        means = np.array([arm["mean"] for arm in arms]) * 100
+        axes.errorbar(
+            [arm["tokens_a_layer"] for arm in arms], means[:, 0], yerr=np.abs(means[:, 1:].T - means[:, 0]),
+            capsize=2, elinewidth=0.7, **_style(number, name),
+        )  # fmt: skip
+    everything = section["arms"][f"{KEEP_ALL} at 1"]
+    axes.scatter(
+        [everything["tokens_a_layer"]], [everything["mean"][0] * 100], color="black", label="all tokens"
+    )
+    axes.legend(frameon=False, fontsize=9)
+    _finish(axes, "visual tokens that a layer sees, a mean over layers", "mean over tasks, %")
     return figure
 
 

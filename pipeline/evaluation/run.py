@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,17 @@ import torch
 from hired import families
 from hired.devices import describe_hardware, resolve_device
 from hired.errors import ConfigurationError
-from hired.evaluation.arms import Arm
+from hired.evaluation.fastv import FastV
 from hired.evaluation.items import Picture
 from hired.vlm import resolve
 from pipeline.benchmark.record import commit
 from pipeline.evaluation import figures, sets
-from pipeline.evaluation.answers import Worker, answer_all
-from pipeline.evaluation.arms import CANNOT, ablation_arms, described, table_arms
+from pipeline.evaluation.answers import answer_all
+from pipeline.evaluation.arms import CANNOT, ablation_arms, described, fastv_arms, table_arms
+from pipeline.evaluation.asking import AnyArm, Asker, FastVAsker, PolicyAsker, Worker
 from pipeline.evaluation.looking import look
 from pipeline.evaluation.options import Options
-from pipeline.evaluation.page import page
+from pipeline.evaluation.page import MORE, page
 from pipeline.evaluation.plots import plot
 from pipeline.manifest import fingerprint, versions
 from pipeline.storage import Store
@@ -46,25 +48,24 @@ def run(options: Options, command: str) -> Path:
         return options.write_tasks
     started_s = time.perf_counter()
     worker = _worker(options)
-    arms = table_arms(options)  # what cannot be had is an error before anything is drawn
+    # What cannot be had is an error before anything is drawn.
+    arms, beside = table_arms(options), [_beside(path) for path in options.beside]
+    _fastv_arms(options, worker)
     pictures = sets.pictures(options)
     store = Store(options.output)
     record = _surroundings(options, command, worker, pictures)
-    if "table" in options.wanted.sections:
+    sections = options.wanted.sections
+    if "table" in sections:
         answers = _answers(options, worker, pictures, arms, "table")
+        _write_answers(store, ANSWERS, answers)
         record["table"] = figures.table(figures.Answers.of(answers), options.draws)
         record["arms"] = [described(arm) for arm in arms]
-        _write_answers(store, ANSWERS, answers)
-    if "ablations" in options.wanted.sections:
-        some = pictures[: options.ablation_pictures or len(pictures)]
-        feature_layer, num_heads = _tower(worker)
-        arms = ablation_arms(options, feature_layer=feature_layer, num_heads=num_heads)
-        answers = _answers(options, worker, some, arms, "ablations")
-        record["ablations"] = figures.ablations(
-            figures.Answers.of(answers), options.ablation_budget, options.draws
-        )
-        _write_answers(store, f"ablations-{ANSWERS}", answers)
-    if "attention" in options.wanted.sections:
+        record["beside"] = beside
+    if "ablations" in sections:
+        record["ablations"] = _ablations(options, worker, pictures, store)
+    if "fastv" in sections:
+        record["fastv"] = _fastv(options, worker, pictures, answers, store)
+    if "attention" in sections:
         record["attention"] = look(worker, pictures[: options.attention_pictures])
     record["speed"] = _speed(options)
     record["seconds"] = round(time.perf_counter() - started_s)
@@ -72,22 +73,48 @@ def run(options: Options, command: str) -> Path:
     return write_page(options.output)
 
 
+def _ablations(options: Options, worker: Worker, pictures: list[Picture], store: Store) -> dict[str, Any]:
+    """HiRED's decisions changed one by one."""
+    feature_layer, num_heads = _tower(worker)
+    arms = ablation_arms(options, feature_layer=feature_layer, num_heads=num_heads)
+    some = pictures[: options.ablation_pictures or len(pictures)]
+    answers = _answers(options, worker, some, arms, "ablations")
+    _write_answers(store, f"ablations-{ANSWERS}", answers)
+    return figures.ablations(figures.Answers.of(answers), options.ablation_budget, options.draws)
+
+
+def _fastv(
+    options: Options, worker: Worker, pictures: list[Picture], others: pa.Table, store: Store
+) -> dict[str, Any]:
+    """Dropping inside the language model, beside the table's answers."""
+    some = pictures[: options.fastv_pictures]
+    answers = _answers(options, worker, some, _fastv_arms(options, worker), "fastv", FastVAsker)
+    _write_answers(store, f"fastv-{ANSWERS}", answers)
+    return figures.in_language(answers, others, _language_layers(worker), options.draws)
+
+
 def write_page(folder: Path) -> Path:
     """The page and its pictures anew, from the record in the folder."""
     store = Store(folder)
     record = json.loads(store.read(RECORD))
     drawn = plot(record, store)
-    store.write(PAGE, page(record, drawn).encode())
+    more = [name for name in MORE if store.exists(name)]
+    store.write(PAGE, page(record, drawn, more).encode())
     return folder / PAGE
 
 
 def _answers(
-    options: Options, worker: Worker, pictures: list[Picture], arms: list[Arm], section: str
+    options: Options,
+    worker: Worker,
+    pictures: list[Picture],
+    arms: Sequence[AnyArm],
+    section: str,
+    asker: type[Asker] = PolicyAsker,
 ) -> pa.Table:
     num_items = sum(len(picture.items) for picture in pictures)
     log.info("%s: %d arms x %d questions about %d pictures", section, len(arms), num_items, len(pictures))
     store = Store(options.work / section / options.split)
-    return answer_all(store, worker, pictures, arms, options.chunk)
+    return answer_all(store, worker, pictures, arms, options.chunk, asker)
 
 
 def _worker(options: Options) -> Worker:
@@ -112,6 +139,30 @@ def _tower(worker: Worker) -> tuple[int, int]:
     config = AutoConfig.from_pretrained(worker.checkpoint, local_files_only=True)
     encoder = families.load_encoder(worker.checkpoint, device="cpu")
     return encoder.feature_layer, int(config.vision_config.num_attention_heads)
+
+
+def _fastv_arms(options: Options, worker: Worker) -> list[FastV]:
+    return fastv_arms(options, _language_layers(worker)) if "fastv" in options.wanted.sections else []
+
+
+def _language_layers(worker: Worker) -> int:
+    """How many layers its language model has."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(worker.checkpoint, local_files_only=True)
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def _beside(path: Path) -> dict[str, Any]:
+    """What the page shows of another model's record."""
+    try:
+        other = json.loads(path.read_text(encoding="utf-8"))
+        own = {name: other[name] for name in ("model", "command", "commit", "items", "pictures")}
+        return own | {name: other["table"][name] for name in ("arms", "differences")}
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise ConfigurationError(
+            f"--beside {path} is no record of jobs/evaluate.py with a table ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _surroundings(options: Options, command: str, worker: Worker, pictures: list[Picture]) -> dict[str, Any]:

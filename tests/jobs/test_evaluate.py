@@ -33,6 +33,10 @@ def test_every_option_is_a_flag() -> None:
         (["--model", "no-such-model"], "is no folder"),
         (["--policies", "unheard-of", "--pictures", "1", "--sections", "table"], "there is no policy"),
         (["--tasks", "none.parquet=anls"], "cannot be read"),
+        (["--sections", "fastv"], "add table"),
+        (["--fastv-layers", "4", "--pictures", "1"], "of which 1 to 3 can see all tokens"),
+        (["--fastv-layers", "0"], "at least one layer"),
+        (["--beside", "none.json"], "is no record of jobs/evaluate.py"),
     ],
 )
 def test_wrong_options_name_the_mend(
@@ -64,7 +68,8 @@ def test_a_killed_evaluation_goes_on_and_its_page_is_of_all_answers(
     arguments = [
         f"--model={checkpoint}", "--profile=small", "--pictures=4", "--questions=1", "--chunk=1",
         "--draws=100",
-        "--sections", "table", "attention", "--attention-pictures=2", "--device=cpu", "--actors=1",
+        "--sections", "table", "fastv", "attention", "--attention-pictures=2", "--device=cpu", "--actors=1",
+        "--fastv-layers=1", "--fastv-pictures=2",
         f"--work={work}", f"--output={output}",
     ]  # fmt: skip
     killed = kill_after_the_first_chunk(arguments, work)
@@ -85,6 +90,10 @@ def test_a_killed_evaluation_goes_on_and_its_page_is_of_all_answers(
     )
     text = (output / "README.md").read_text(encoding="utf-8")
     assert "| hired |" in text
+    assert "| fastv K=1 | 20 % |" in text
+    assert record["fastv"]["pictures"] == 2
+    fastv = pq.read_table(output / "fastv-answers.parquet")
+    assert set(fastv["picture"].to_pylist()) < set(rows["picture"].to_pylist())
     for picture in output.glob("*.png"):
         assert f"]({picture.name})" in text
 

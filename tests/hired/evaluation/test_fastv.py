@@ -89,11 +89,12 @@ def test_answers_equal_those_of_layers_under_naive_masks(
     num_full: int,
 ) -> None:
     budget = hired.Budget(rate=rate)
+    tokens = everything(vlm, partitions)
     captions = fastv.generate(
-        vlm, partitions, PROMPT, budget, max_new_tokens=NUM_NEW_TOKENS, num_full_layers=num_full
+        vlm, tokens, PROMPT, budget, max_new_tokens=NUM_NEW_TOKENS, num_full_layers=num_full
     )
     prefix, suffix = vlm.generator.prompts.split(PROMPT)
-    for image, caption in zip(everything(vlm, partitions), captions, strict=True):
+    for image, caption in zip(tokens, captions, strict=True):
         embeddings = vlm.generator.request(image, PROMPT).embeddings
         visual = slice(len(prefix), len(embeddings) - len(suffix))
         count = budget.num_tokens(visual.stop - visual.start)
@@ -108,22 +109,23 @@ def test_with_all_tokens_kept_answers_are_the_engines(
 ) -> None:
     prompts = [PROMPT, "?", "Describe the picture.", "the fox"]
     limits = [NUM_NEW_TOKENS, 1, 3, 12]
-    own = fastv.generate(vlm, partitions, prompts, hired.Budget(rate=1.0), max_new_tokens=limits)
-    assert own == vlm.generate(everything(vlm, partitions), prompts, max_new_tokens=limits)
+    tokens = everything(vlm, partitions)
+    own = fastv.generate(vlm, tokens, prompts, hired.Budget(rate=1.0), max_new_tokens=limits)
+    assert own == vlm.generate(tokens, prompts, max_new_tokens=limits)
 
 
 def test_company_changes_no_answer(
     vlm: hired.VLM, partitions: list[hired.Partitions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    budget = hired.Budget(rate=0.2)
-    together = fastv.generate(vlm, partitions, PROMPT, budget, max_new_tokens=NUM_NEW_TOKENS)
+    tokens, budget = everything(vlm, partitions), hired.Budget(rate=0.2)
+    together = fastv.generate(vlm, tokens, PROMPT, budget, max_new_tokens=NUM_NEW_TOKENS)
     monkeypatch.setattr("hired.evaluation.language.MAX_TOKENS", 1)
-    assert together == fastv.generate(vlm, partitions, PROMPT, budget, max_new_tokens=NUM_NEW_TOKENS)
+    assert together == fastv.generate(vlm, tokens, PROMPT, budget, max_new_tokens=NUM_NEW_TOKENS)
 
 
 def test_what_its_prefill_costs_is_a_mean_over_layers() -> None:
-    caption = hired.Caption("", (), "stop", 700, 600, 100)
-    assert fastv.mean_visual_tokens(caption, num_layers=32) == pytest.approx((2 * 600 + 30 * 100) / 32)
+    cost = fastv.mean_visual_tokens(600, 100, num_layers=32, num_full_layers=2)
+    assert cost == pytest.approx((2 * 600 + 30 * 100) / 32)
 
 
 @pytest.mark.parametrize("num_full", [0, 4])

@@ -10,7 +10,7 @@ from hired.policies.policy import Policy
 from hired.policies.prumerge import PruMerge
 from hired.policies.random import Random
 from hired.policies.thumbnail import Thumbnail
-from pipeline.evaluation.arms import ablation_arms, described, table_arms
+from pipeline.evaluation.arms import ablation_arms, described, fastv_arms, table_arms
 from pipeline.evaluation.options import POLICIES, Options
 
 
@@ -71,6 +71,19 @@ def test_every_ablation_has_a_name_of_its_own_at_the_ablations_budget() -> None:
     assert {"keep-all", "hired", "even allocation", "compact positions", "alpha 0.0"} <= {
         arm.name for arm in arms
     }
+
+
+def test_fastv_has_an_arm_for_each_number_of_whole_layers_at_every_budget() -> None:
+    arms = fastv_arms(Options(fastv_layers=(1, 3), budgets=(0.4, 0.1)), num_layers=4)
+    assert [(arm.name, arm.budget.rate) for arm in arms] == [
+        ("fastv K=1", 0.4), ("fastv K=1", 0.1), ("fastv K=3", 0.4), ("fastv K=3", 0.1)
+    ]  # fmt: skip
+    assert len({str(described(arm)) for arm in arms}) == len(arms)
+
+
+def test_fastv_needs_a_layer_to_drop_in() -> None:
+    with pytest.raises(ConfigurationError, match="has 3 layers, of which 1 to 2 can see all tokens"):
+        fastv_arms(Options(fastv_layers=(1, 3)), num_layers=3)
 
 
 def test_arms_that_answer_differently_are_described_differently() -> None:

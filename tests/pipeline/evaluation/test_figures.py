@@ -10,7 +10,7 @@ import pytest
 
 from hired.errors import ConfigurationError
 from pipeline.evaluation import figures
-from pipeline.evaluation.answers import SCHEMA
+from pipeline.evaluation.asking import SCHEMA
 from pipeline.evaluation.figures import Answers
 
 NUM_PICTURES = 40
@@ -123,6 +123,27 @@ def test_rows_may_come_in_any_order() -> None:
     one, other = (figures.table(Answers.of(table), draws=50) for table in (whole, shuffled))
     for name, cell in one["arms"].items():
         assert other["arms"][name]["mean"][0] == pytest.approx(cell["mean"][0])
+
+
+def fastv_rows() -> pa.Table:
+    """FastV on half of the pictures, with 22 of 110 tokens above its first layer."""
+    arms = {("fastv K=1", 0.2): (lambda task, picture, number: 1.0, 22, 0)}
+    table = rows(arms)
+    return table.filter([int(picture) < NUM_PICTURES // 2 for picture in table["picture"].to_pylist()])
+
+
+def test_fastv_stands_beside_answers_about_the_same_pictures() -> None:
+    section = figures.in_language(fastv_rows(), rows(), num_layers=4, draws=100)
+    assert (section["items"], section["pictures"]) == (3 * NUM_PICTURES // 2, NUM_PICTURES // 2)
+    assert set(section["arms"]) == {"keep-all at 1", "hired at 0.2", "fastv K=1 at 0.2"}
+    assert section["differences"]["fastv K=1 at 0.2"]["mean"][0] == 0.25
+
+
+def test_fastvs_cost_counts_the_layers_that_see_everything() -> None:
+    arms = figures.in_language(fastv_rows(), rows(), num_layers=4, draws=10)["arms"]
+    assert arms["keep-all at 1"]["tokens_a_layer"] == 110
+    assert arms["hired at 0.2"]["tokens_a_layer"] == 25
+    assert arms["fastv K=1 at 0.2"]["tokens_a_layer"] == (110 + 3 * 22) / 4
 
 
 def test_ablations_are_held_against_hired() -> None:

@@ -12,7 +12,7 @@ from pipeline.evaluation.figures import Answers
 from pipeline.evaluation.page import page
 from pipeline.evaluation.plots import plot, speeds
 from pipeline.storage import Store
-from tests.pipeline.evaluation.test_figures import ARMS, rows
+from tests.pipeline.evaluation.test_figures import ARMS, fastv_rows, rows
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,47 @@ def test_a_better_policy_is_named_with_its_difference(record: dict[str, Any]) ->
     assert "an order that the interval supports" in line
 
 
+def test_a_policy_that_leads_everywhere_and_loses_nowhere_should_be_the_default(
+    record: dict[str, Any],
+) -> None:
+    better = ("grid", 0.2)
+    arms = {**ARMS, better: (lambda task, picture, number: 1.0, 20, 5)}
+    changed = {**record, "table": figures.table(Answers.of(rows(arms)), draws=400)}
+    [line] = [line for line in page(changed, {}).splitlines() if line.startswith("- **The default**")]
+    assert "`grid` meets this." in line
+
+
+def test_the_default_stays_where_the_best_other_policy_loses_a_task(record: dict[str, Any]) -> None:
+    # All of reading and half of presence, where hired has three of four of both.
+    half = lambda task, picture, number: float(task == "reading" or picture % 2)  # noqa: E731
+    arms = {**ARMS, ("grid", 0.2): (half, 20, 5)}
+    changed = {**record, "table": figures.table(Answers.of(rows(arms)), draws=400)}
+    [line] = [line for line in page(changed, {}).splitlines() if line.startswith("- **The default**")]
+    assert "No policy meets this, and `hired` stays." in line
+    assert "The nearest is `grid`: not told apart at 20 %; it loses presence at 20 %." in line
+
+
+def test_another_models_figures_stand_beside_with_the_orders_that_both_support(
+    record: dict[str, Any],
+) -> None:
+    arms = {**ARMS, ("grid", 0.2): (lambda task, picture, number: 1.0, 15, 6)}
+    arms["thumbnail", 0.2] = (lambda task, picture, number: 1.0, 20, 0)
+    other = figures.table(Answers.of(rows(arms)), draws=400)
+    about = {"model": {"name": "build/other", "sha256": "1" * 64}, "command": "python jobs/evaluate.py"}
+    counts = {"commit": "ghi", "items": 120, "pictures": 40}
+    beside = {**about, **counts, "arms": other["arms"], "differences": other["differences"]}
+    text = page({**record, "beside": [beside]}, {})
+    # Random is behind in both, the thumbnail in one and ahead in the other; the grid is ahead in one alone.
+    assert "1 are the same; `thumbnail at 0.2` are not. 1 more" in text
+    assert "| grid | 100.0 (**+25.0 [" in text
+    assert "| hired | 75.0 |" in text
+
+
+def test_other_pages_of_the_folder_are_linked(record: dict[str, Any]) -> None:
+    assert "[restoring.md](restoring.md)" in page(record, {}, ["restoring.md"])
+    assert "## More" not in page(record, {})
+
+
 def test_policies_that_cannot_use_their_budget_are_named(record: dict[str, Any]) -> None:
     assert "`grid` at 20 % uses 75 % of its budget" in page(record, {})
 
@@ -72,7 +113,7 @@ def test_every_arm_and_task_stands_in_the_table(record: dict[str, Any]) -> None:
     text = page(record, {})
     assert "| policy | tokens | reading | presence | mean |" in text
     assert "| hired | 20 + 5 | 75.0 [" in text
-    assert "| keep-all | 100 + 10 | 100.0 [100, 100]" in text
+    assert "| keep-all | 100 + 10 | 100.0 [100.0, 100.0]" in text
     assert "cdpruner, which needs a text tower" in text
     assert "Theirs, not measured here" in text
 
@@ -82,6 +123,7 @@ def test_every_picture_is_drawn_and_shown(record: dict[str, Any], tmp_path: Any)
     alphas = {(f"alpha {tenth / 10}", 0.2): ARMS["random", 0.2] for tenth in (0, 10)}
     whole = copy.deepcopy(record) | {
         "ablations": figures.ablations(Answers.of(rows(arms | alphas)), 0.2, draws=50),
+        "fastv": figures.in_language(fastv_rows(), rows(), num_layers=4, draws=50),
         "attention": {
             "pictures": 2,
             "of_grid": 1,
@@ -92,11 +134,12 @@ def test_every_picture_is_drawn_and_shown(record: dict[str, Any], tmp_path: Any)
         },
     }
     drawn = plot(whole, Store(tmp_path))
-    assert len(drawn) == 7  # but for the ablations, which are alphas alone here
+    assert len(drawn) == 8  # but for the ablations, which are alphas alone here
     text = page(whole, drawn)
     for name in drawn.values():
         assert (tmp_path / name).stat().st_size > 2000
         assert f"]({name})" in text
+    assert "| fastv K=1 | 20 % | 44 | 100.0 [100.0, 100.0] | **+25.0 [" in text
     assert "The best alpha here is 0.5" in text
     assert "| here, top 10 % | 1.0 | 2.0 | 3.0 | 4.0 | 5.0 |" in text
     assert "top 20 % hold 50 %" in text
