@@ -75,12 +75,11 @@ def run(settings: Settings, address: Address, keys: Keys) -> None:
     import ray
     from ray import serve
 
+    from pipeline.cluster import start
     from pipeline.serve.deployments import application
 
     os.environ.update(door.environment(settings.limits.in_flight, settings.limits.retry_after_s))
-    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", configure_logging=False)
+    start(_node_ip_address="127.0.0.1", configure_logging=False)
     try:
         serve.start(
             proxy_location="HeadOnly",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -14,12 +15,11 @@ from pipeline.resources import Cluster
 
 
 def connect(config: Config) -> Cluster:
-    """Join the cluster that RAY_ADDRESS names, else start one on this machine alone.
+    """The cluster of ``join``, with Ray Data set up for the run.
 
     A cluster that grows may be empty still; its nodes will have whole CPUs to give.
     """
-    if not ray.is_initialized():
-        _initialise(os.environ.get("RAY_ADDRESS", "local"))
+    join()
     context = ray.data.DataContext.get_current()
     context.enable_fallback_to_arrow_object_ext_type = False  # columns have types; never pickle them
     context.enable_progress_bars = False  # the run has its own
@@ -29,12 +29,16 @@ def connect(config: Config) -> Cluster:
     return Cluster(num_cpus, resources.get("GPU", 0), resources.get("memory", math.inf))
 
 
-def _initialise(address: str) -> None:
+def join() -> None:
+    """Join the cluster that RAY_ADDRESS names, else start one on this machine alone, unless that is done.
+
+    Raises ConfigurationError where no cluster answers.
+    """
+    address = os.environ.get("RAY_ADDRESS", "local")
+    if ray.is_initialized():
+        return
     if address == "local":
-        # Workers start elsewhere; let them find this package where the driver did, installed or not.
-        paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        ray.init(address=address, include_dashboard=False)
+        start()
         return
     try:
         ray.init(address=address)
@@ -42,3 +46,15 @@ def _initialise(address: str) -> None:
         raise ConfigurationError(
             f"no Ray cluster answers at RAY_ADDRESS={address}: start it, or unset RAY_ADDRESS"
         ) from error
+
+
+def start(**options: Any) -> None:
+    """Ray on this machine alone; ``options`` are more of ``ray.init``."""
+    os.environ["PYTHONPATH"] = python_path()
+    ray.init(address="local", include_dashboard=False, **options)
+
+
+def python_path() -> str:
+    """PYTHONPATH by which a new process finds this package where this one did, installed or not."""
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
+    return os.pathsep.join(filter(None, paths))

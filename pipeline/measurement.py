@@ -22,7 +22,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,6 +31,7 @@ from ray.data.block import BlockAccessor
 
 from hired.errors import ConfigurationError
 from pipeline.balance import Measurement, StageMeasurement
+from pipeline.cluster import python_path
 from pipeline.columns import Batch
 from pipeline.config import Config, Pool
 from pipeline.costs import SECONDS
@@ -309,11 +309,9 @@ def _outcomes(answers: Batch, num_rows: int) -> dict[str, float]:
 def _import_s() -> float:
     """What a new worker takes to import the stages, by one that is started for it."""
     started_s = time.perf_counter()
-    root = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     subprocess.run(
         [sys.executable, "-c", "import pipeline.stages"],
-        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "PYTHONPATH": python_path(), "CUDA_VISIBLE_DEVICES": ""},
         check=True,
         capture_output=True,
     )

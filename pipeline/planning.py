@@ -26,7 +26,7 @@ from pipeline.graph import Stages
 from pipeline.measurement import measure
 from pipeline.opening import Run, open_run
 from pipeline.plan import Plan, Trial, make_plan, parse_cluster
-from pipeline.resources import Cluster, settle
+from pipeline.resources import Cluster, check_memory, settle
 from pipeline.samples import sampled_batches
 from pipeline.storage import Store
 from pipeline.tally import Record
@@ -61,6 +61,7 @@ def plan_corpus(config: Config, command: str = "", stages: Stages | None = None)
         cluster = connect(checked.config)
         start_up_s = time.perf_counter() - started_s
         settled = settle(checked.config, cluster)
+        check_memory(settled, cluster, checked.checkpoint)
         measurement = measured(settled, run, cluster)
         if config.actors == "auto":
             settled = settle_pools(checked.config, measurement, cluster)

@@ -6,7 +6,6 @@ are done and after its last is start-up, and told apart.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from pipeline.benchmark.bench import opened
 from pipeline.benchmark.measure import NOT_MEASURED, digits, now, ratio, release, spread
 from pipeline.benchmark.stages import bare_loop
 from pipeline.benchmark.subject import Subject
+from pipeline.cluster import start
 from pipeline.config import Config, from_tree
 from pipeline.run import caption_corpus
 
@@ -141,11 +141,9 @@ def _job(config: Config, bare_s_per_row: float) -> dict[str, float]:
 @contextmanager
 def local_cluster(subject: Subject) -> Iterator[None]:
     """Ray on this machine with as many CPUs as the bare loop has threads; its start is no part of a job."""
-    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     joined = ray.is_initialized()
     if not joined:
-        ray.init(address="local", num_cpus=subject.options.threads, include_dashboard=False)
+        start(num_cpus=subject.options.threads)
     try:
         yield
     finally:

@@ -13,7 +13,6 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +21,7 @@ import ray
 
 from hired.errors import ConfigurationError
 from hired.evaluation.items import Picture
+from pipeline.cluster import join
 from pipeline.driving import Stop, stopped_by_signals
 from pipeline.evaluation.arms import described
 from pipeline.evaluation.asking import AnyArm, Asker, Worker
@@ -70,7 +70,7 @@ def _compute(
     arms: Sequence[AnyArm],
     asker: type[Asker],
 ) -> None:
-    connect()
+    join()
     started_s, done, total = time.perf_counter(), 0, sum(len(some) for some in chunks.values())
     with stopped_by_signals() as stop:
         for name, table in _computed(worker, chunks, arms, asker, stop):
@@ -121,16 +121,6 @@ def _computed(
     finally:
         for actor in actors:
             ray.kill(actor)
-
-
-def connect() -> None:
-    """Join the cluster that RAY_ADDRESS names, else start one on this machine alone."""
-    if ray.is_initialized():
-        return
-    # Workers start elsewhere; let them find this package where the driver did, installed or not.
-    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    ray.init(address=os.environ.get("RAY_ADDRESS", "local"), include_dashboard=False)
 
 
 def _name(first: int, pictures: Sequence[Picture]) -> str:

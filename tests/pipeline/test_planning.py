@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import run
+from hired.errors import ConfigurationError
+from pipeline import planning, run
 from pipeline.balance import Measurement, StageMeasurement
 from pipeline.config import Config, from_tree
 from pipeline.opening import SUCCESS
@@ -76,6 +77,24 @@ def test_a_measurement_serves_the_same_workers_on_the_same_cluster_again(tmp_pat
     assert measured_before(settled(encode={"threads": 3}), store, CLUSTER) is None
     assert measured_before(config, store, Cluster(8)) is None
     assert measured_before(config.model_copy(update={"device": "cuda"}), store, CLUSTER) is None
+
+
+def test_a_plan_starts_no_workers_that_cannot_be_in_memory(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "one.png").write_bytes(saved(picture(64, 48), "PNG"))
+    monkeypatch.setattr(planning, "connect", lambda config: Cluster(4, memory_bytes=2**30))
+    config = from_tree(
+        {
+            "input": str(tmp_path / "in"),
+            "output": str(tmp_path / "out"),
+            "model": str(checkpoint),
+            "device": "cpu",
+        }
+    )
+    with pytest.raises(ConfigurationError, match="GiB of memory"):
+        plan_corpus(config)
 
 
 @pytest.mark.ray
