@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from hired import policies
@@ -73,14 +74,18 @@ def _policies(name: str, options: Options) -> Iterator[tuple[str, Policy]]:
     if name == "random":
         for seed in range(options.wanted.random_seeds):
             yield name if not seed else f"{name}#{seed}", Random(seed)
-    elif options.model == "embedded" and name in ("prumerge", "prumerge+"):
-        # The layer above its feature layer was never trained.
+    elif name in ("prumerge", "prumerge+") and _lacks_a_layer_above(options.model):
         yield name, PruMerge(layers_above=0) if name == "prumerge" else PruMergePlus(layers_above=0)
     elif ":" in name:
         policy = _imported(name)
         yield policy.name, policy
     else:
         yield name, policies.get(name)
+
+
+def _lacks_a_layer_above(model: str) -> bool:
+    """Whether jobs/train_embedded.py made it, which trains nothing above the feature layer."""
+    return model == "embedded" or (Path(model).expanduser() / "training.json").is_file()
 
 
 def _imported(place: str) -> Policy:

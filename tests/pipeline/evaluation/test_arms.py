@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from hired import policies
@@ -37,8 +39,13 @@ def test_random_draws_differently_under_each_seed() -> None:
     assert [arm.policy for arm in arms] == [Random(0), Random(1), Random(2)]
 
 
-@pytest.mark.parametrize(("model", "layers_above"), [("embedded", 0), ("some/other", 1)])
-def test_prumerge_reads_no_layer_that_was_never_trained(model: str, layers_above: int) -> None:
+@pytest.mark.parametrize(("model", "layers_above"), [("embedded", 0), ("some/other", 1), ("own", 0)])
+def test_prumerge_reads_no_layer_that_was_never_trained(
+    model: str, layers_above: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "training.json").write_text("{}")
     arms = table_arms(Options(model=model, policies=("prumerge", "prumerge+")))
     read = [arm.policy.layers_above for arm in arms if isinstance(arm.policy, PruMerge)]
     assert read == [layers_above] * 8
