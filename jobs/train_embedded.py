@@ -23,6 +23,7 @@ import transformers
 import hired
 from hired.devices import describe_hardware
 from hired.embedded import examination
+from hired.embedded.checkpoint import TRAINING
 from hired.embedded.examination import Tally
 from hired.embedded.training import Plan, train
 
@@ -57,7 +58,7 @@ def main() -> int:
         | {"transformers": transformers.__version__},
         **examine(options.output, options.held_out, options.seed),
     }
-    (options.output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    (options.output / TRAINING).write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
     return 0
 

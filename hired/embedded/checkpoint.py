@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from hired.embedded import painter
 from hired.embedded.supervision import PATCH
 from hired.embedded.tokenisation import BOS, CHAT_TEMPLATE, EOS, IMAGE, PAD
+
+TRAINING = "training.json"
 
 _CANVASES = [[size.height, size.width] for size in painter.PINPOINTS]
 _MAX_POSITIONS = 4096
@@ -85,6 +88,12 @@ def save(model: LlavaNextForConditionalGeneration, tokenizer: Any, folder: Path)
     shipped.generation_config = GenerationConfig(**ids)
     shipped.save_pretrained(folder)
     save_processor(shipped.config, tokenizer, folder, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5])
+
+
+def training(folder: Path) -> dict[str, Any] | None:
+    """The record that jobs/train_embedded.py left beside the weights, None for any other checkpoint."""
+    file = folder / TRAINING
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def save_processor(

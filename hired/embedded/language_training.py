@@ -144,7 +144,13 @@ class Trainer:
     def _pictures(self, batch_size: int, *, drawn: bool) -> Iterator[list[Picture]]:
         pictures = Pictures(self.rng.getrandbits(32), self.tokenizer, batch_size=batch_size, drawn=drawn)
         loader = DataLoader(
-            pictures, batch_size=None, num_workers=1, prefetch_factor=8, collate_fn=_as_they_are
+            pictures,
+            batch_size=None,
+            num_workers=1,
+            prefetch_factor=8,
+            collate_fn=_as_they_are,
+            # A forked one would keep a copy of all that the trainer remembers at that time.
+            multiprocessing_context="spawn",
         )
         return iter(loader)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from hired import policies
 from hired.budget import Budget
+from hired.embedded.checkpoint import training
 from hired.errors import ConfigurationError
 from hired.evaluation.ablations import variants
 from hired.evaluation.arms import Arm
@@ -85,7 +86,7 @@ def _policies(name: str, options: Options) -> Iterator[tuple[str, Policy]]:
 
 def _lacks_a_layer_above(model: str) -> bool:
     """Whether jobs/train_embedded.py made it, which trains nothing above the feature layer."""
-    return model == "embedded" or (Path(model).expanduser() / "training.json").is_file()
+    return model == "embedded" or training(Path(model).expanduser()) is not None
 
 
 def _imported(place: str) -> Policy:

@@ -290,6 +290,7 @@ def _beside(table: Record, other: Record) -> list[str]:
         f"{md.percent(other['arms'][f'{FULL_IMAGE} at 1']['mean'])}. Means over tasks, and what they are "
         "above `hired` at the same budget.",
         "",
+        *([f"    {other['model']['trained_by']}"] if other["model"].get("trained_by") else []),
         f"    {other['command']}",
         "",
         agreement(table["differences"], other["differences"]),

@@ -17,6 +17,7 @@ import torch
 
 from hired import families
 from hired.devices import describe_hardware, resolve_device
+from hired.embedded.checkpoint import training
 from hired.errors import ConfigurationError
 from hired.evaluation.fastv import FastV
 from hired.evaluation.items import Picture
@@ -172,7 +173,11 @@ def _surroundings(options: Options, command: str, worker: Worker, pictures: list
         "command": command,
         "commit": commit(),
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": {"name": options.model, "sha256": fingerprint(options.model, worker.checkpoint).sha256},
+        "model": {
+            "name": options.model,
+            "sha256": fingerprint(options.model, worker.checkpoint).sha256,
+            "trained_by": (training(worker.checkpoint) or {}).get("command"),
+        },
         "hardware": describe_hardware(torch.device(worker.device)),
         "dtype": options.dtype or "auto",
         "versions": {name: known[name] for name in ("python", "torch", "transformers", "ray")},

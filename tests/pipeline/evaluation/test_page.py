@@ -90,12 +90,18 @@ def test_another_models_figures_stand_beside_with_the_orders_that_both_support(
     arms = {**ARMS, ("grid", 0.2): (lambda task, picture, number: 1.0, 15, 6)}
     arms["thumbnail", 0.2] = (lambda task, picture, number: 1.0, 20, 0)
     other = figures.table(Answers.of(rows(arms)), draws=400)
-    about = {"model": {"name": "build/other", "sha256": "1" * 64}, "command": "python jobs/evaluate.py"}
+    model = {
+        "name": "build/other",
+        "sha256": "1" * 64,
+        "trained_by": "python jobs/train_embedded.py --seed 9",
+    }
+    about = {"model": model, "command": "python jobs/evaluate.py"}
     counts = {"commit": "ghi", "items": 120, "pictures": 40}
     beside = {**about, **counts, "arms": other["arms"], "differences": other["differences"]}
     text = page({**record, "beside": [beside]}, {})
     # Random is behind in both, the thumbnail in one and ahead in the other; the grid is ahead in one alone.
     assert "1 are the same; `thumbnail at 0.2` are not. 1 more" in text
+    assert "    python jobs/train_embedded.py --seed 9\n" in text
     assert "| grid | 100.0 (**+25.0 [" in text
     assert "| hired | 75.0 |" in text
 
